@@ -1,0 +1,110 @@
+// What an op hands to a backend: plain structs of pointers, sizes and strides, no torch types.
+// Strides count elements. Every offset is int64: a 32-bit product wraps on long contexts.
+#pragma once
+#include <cstdint>
+
+namespace longctx {
+
+enum class DType : int32_t { kFloat32, kFloat64, kBFloat16, kFloat16 };
+
+// A [batch, heads, seqlen, dim] tensor whose last dim is contiguous.
+struct TensorView {
+  void* data = nullptr;
+  int64_t batch_stride = 0;
+  int64_t head_stride = 0;
+  int64_t seq_stride = 0;
+};
+
+// How the rows of q and k group into sequences: one per batch entry, or packed behind each other.
+struct SequenceParams {
+  int64_t batch = 0;                      // 1 when packed
+  int64_t num_seqs = 0;                   // batch, or the number of packed sequences
+  int64_t seqlen_q = 0;                   // length of the query axis
+  int64_t seqlen_k = 0;                   // length of the key axis
+  const int32_t* cu_seqlens_q = nullptr;  // [num_seqs + 1], packed only
+  const int32_t* cu_seqlens_k = nullptr;  // [num_seqs + 1], packed only
+  const int32_t* seqused_k = nullptr;     // [batch]: keys at or beyond it do not exist
+};
+
+// The predicate: a key is visible iff it is in `key_ranges` (if given) and passes `causal` and
+// (is inside the window or is one of the first `num_sink_tokens` keys).
+struct MaskParams {
+  bool causal = false;
+  int64_t window_size_left = -1;   // self and this many earlier keys; -1 is open
+  int64_t window_size_right = -1;  // this many later keys; -1 is open
+  int64_t num_sink_tokens = 0;
+  const int32_t* key_ranges = nullptr;  // [batch, num_key_ranges, seqlen_q, 2], half-open
+  int64_t num_key_ranges = 0;           // 0, 1 or 2
+  int64_t key_ranges_batch_stride = 0;
+  int64_t key_ranges_range_stride = 0;
+  int64_t key_ranges_row_stride = 0;  // the pair itself is contiguous
+};
+
+struct AttentionParams {
+  DType dtype = DType::kFloat32;
+  SequenceParams seqs;
+  MaskParams mask;
+  TensorView q;                  // [batch, num_q_heads, seqlen_q, head_dim]
+  TensorView k;                  // [batch, num_kv_heads, seqlen_k, head_dim]
+  TensorView v;                  // [batch, num_kv_heads, seqlen_k, head_dim_v]
+  TensorView out;                // [batch, num_q_heads, seqlen_q, head_dim_v]
+  void* lse = nullptr;           // [batch, num_q_heads, seqlen_q] float (double for float64)
+  const float* sinks = nullptr;  // [num_q_heads]: one more logit per row, without a value
+  int64_t num_q_heads = 0;
+  int64_t num_kv_heads = 0;
+  int64_t head_dim = 0;
+  int64_t head_dim_v = 0;
+  double softmax_scale = 1.0;
+  double softcap = 0.0;  // > 0: the scaled score s becomes softcap * tanh(s / softcap)
+};
+
+// Which key blocks each query block visits, as CSR: row r lists
+// block_indices[block_indptr[r] .. block_indptr[r + 1]), ascending, without duplicates.
+struct BlockList {
+  const int64_t* block_indptr = nullptr;   // [pattern_batch, pattern_heads, num_q_blocks + 1]
+  const int32_t* block_indices = nullptr;  // [capacity]
+  int64_t capacity = 0;
+  int64_t pattern_batch = 1;  // 1 or batch
+  int64_t pattern_heads = 1;  // 1, num_kv_heads or num_q_heads
+  int64_t num_q_blocks = 0;
+  int64_t block_size_q = 128;  // 16, 32, 64 or 128
+  int64_t block_size_k = 128;  // 1, 8, 16, 32, 64 or 128
+};
+
+struct BlockSparseAttentionParams : AttentionParams {
+  BlockList blocks;
+};
+
+struct MergeStatesParams {
+  DType dtype = DType::kFloat32;
+  const void* out = nullptr;           // [num_states, rows, dim], contiguous
+  const void* lse = nullptr;           // [num_states, rows] float (double for float64)
+  const void* lse_override = nullptr;  // like lse, or null: the weights used instead of lse
+  void* merged_out = nullptr;          // [rows, dim]
+  void* merged_lse = nullptr;          // [rows]
+  int64_t num_states = 0;
+  int64_t rows = 0;
+  int64_t dim = 0;
+};
+
+// Softmax probability that the given query rows put on each key, diagonal or segment.
+struct AttentionMassParams {
+  DType dtype = DType::kFloat32;
+  SequenceParams seqs;
+  MaskParams mask;
+  TensorView q;                              // [batch, num_q_heads, seqlen_q, head_dim]
+  TensorView k;                              // [batch, num_kv_heads, seqlen_k, head_dim]
+  const void* lse = nullptr;                 // [batch, num_q_heads, seqlen_q], contiguous
+  const int32_t* segment_offsets = nullptr;  // [num_segments + 1] or null
+  int64_t num_segments = 0;
+  bool by_diagonal = false;  // else by key (or by segment)
+  float* mass = nullptr;     // [batch, num_q_heads, num_bins], contiguous
+  int64_t num_bins = 0;
+  int64_t num_q_heads = 0;
+  int64_t num_kv_heads = 0;
+  int64_t head_dim = 0;
+  double softmax_scale = 1.0;
+  double softcap = 0.0;
+};
+
+}  // namespace longctx
