@@ -86,6 +86,12 @@ Isa detected_isa();       // what this CPU and operating system offer
 Isa active_isa();         // what kernels use: detected_isa() unless forced
 void force_isa(Isa isa);  // for tests; must not exceed detected_isa()
 
+// The engines by instruction set (strip_<isa>.cpp, each with its own compiler flags).
+const StripEngine& generic_engine(DType dtype);
+const StripEngine& avx2_engine(DType dtype);
+const StripEngine& avx512_engine(DType dtype);
+const StripEngine& amx_engine(DType dtype);
+
 // The one place that decides which engine runs.
 const StripEngine& choose_engine(DType dtype, Isa isa);
 

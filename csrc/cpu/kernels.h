@@ -1,0 +1,12 @@
+// Entry points of the CPU backend, one per op. Params are already checked; outputs are allocated.
+#pragma once
+#include "longctx/params.h"
+
+namespace longctx::cpu {
+
+void run_merge_states_cpu(const MergeStatesParams& params);
+void run_attention_cpu(const AttentionParams& params);
+void run_block_sparse_attention_cpu(const BlockSparseAttentionParams& params);
+void run_attention_mass_cpu(const AttentionMassParams& params);
+
+}  // namespace longctx::cpu
