@@ -1,0 +1,63 @@
+# make demo, make test, make bench, make lint, make clean: each from a clean clone, nothing set up before.
+#
+# PYTHON that already has torch >= 2.10 is used as it is; otherwise an environment is made in .venv with
+# TORCH. `make TORCH=torch` takes the newest torch instead.
+TORCH ?= torch==2.13.0
+PYTHON ?= python3
+VENV := .venv
+# ccache and ninja are used where they are found.
+LAUNCHER := $(if $(shell command -v ccache),-C cmake.define.CMAKE_CXX_COMPILER_LAUNCHER=ccache)
+
+has_torch = $(shell $(1) $(CURDIR)/build_tools/find_torch.py >/dev/null 2>&1 && echo yes)
+ifeq ($(call has_torch,$(PYTHON)),yes)
+  PY := $(PYTHON)
+else
+  PY := $(VENV)/bin/python
+endif
+
+SOURCES := $(shell find csrc include python build_tools CMakeLists.txt pyproject.toml -type f -not -name '*.so' -not -path '*/__pycache__/*')
+INSTALLED := build/installed-$(shell echo $(PY) | cksum | cut -d' ' -f1)
+
+.PHONY: demo test test-cpp bench lint clean install
+
+demo: $(INSTALLED)
+	$(PY) -m longctx demo
+
+test: $(INSTALLED) test-cpp
+	$(PY) -m pytest
+
+bench: $(INSTALLED)
+	$(PY) bench/run.py
+
+install: $(INSTALLED)
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install -q $(TORCH)
+
+$(INSTALLED): $(SOURCES) | toolchain $(PY)
+	$(PY) -m pip install -q scikit-build-core pybind11 cmake ninja
+	$(PY) -m pip install -q --no-build-isolation $(LAUNCHER) '.[test]'
+	@mkdir -p build && touch $@
+
+.PHONY: toolchain
+toolchain:
+	@command -v c++ >/dev/null || { echo "longctx needs a C++17 compiler (Debian: apt-get install g++)"; exit 1; }
+	@$(PYTHON) -c "import sysconfig, pathlib; assert pathlib.Path(sysconfig.get_path('include'), 'Python.h').is_file()" 2>/dev/null \
+	  || { echo "longctx needs the Python headers (Debian: apt-get install python3-dev)"; exit 1; }
+
+# GoogleTest comes from the system (Debian: libgtest-dev); without it only the Python tests run.
+test-cpp: $(INSTALLED)
+	@if [ -e /usr/include/gtest/gtest.h ]; then \
+	  $(PY) -m cmake -S . -B build/cpp -G Ninja -DLONGCTX_TESTS=ON -DPython_EXECUTABLE=$(abspath $(PY)) >/dev/null && \
+	  $(PY) -m cmake --build build/cpp --target longctx_tests && $(dir $(PY))ctest --test-dir build/cpp --output-on-failure; \
+	else echo "C++ tests not run: no GoogleTest (Debian: apt-get install libgtest-dev)"; fi
+
+lint:
+	$(PY) -m pip install -q '.[lint]'
+	$(PY) -m ruff check . && $(PY) -m ruff format --check .
+	git ls-files '*.h' '*.cpp' '*.cu' '*.cuh' | xargs $(dir $(PY))clang-format --dry-run --Werror
+	$(PY) -m mypy
+
+clean:
+	rm -rf build $(VENV) python/longctx/*.so
