@@ -1,0 +1,69 @@
+// Registers the CPU backend: op name -> csrc/ops/<op>.h with this backend's launcher.
+#include <sstream>
+
+#include "cpu/kernels.h"
+#include "cpu/parallel.h"
+#include "cpu/strip_engine.h"
+#include "ops/attention.h"
+#include "ops/block_sparse_attention.h"
+#include "ops/merge_states.h"
+
+namespace longctx {
+namespace {
+
+constexpr const char* kIsaNames[] = {"generic", "avx2", "avx512", "amx"};
+
+cpu::Isa isa_named(const Checker& check, const std::string& name) {
+  for (int level = 0; level <= static_cast<int>(cpu::detected_isa()); ++level) {
+    if (name == kIsaNames[level]) return static_cast<cpu::Isa>(level);
+  }
+  check.fail("isa", "be an instruction set that this machine has, of generic, avx2, avx512, amx",
+             name);
+}
+
+void force_isa(const Name& isa) { cpu::force_isa(isa_named(Checker("_force_isa"), isa.text)); }
+
+// JSON, because the stable ABI has no dict.
+std::string build_info() {
+  std::ostringstream json;
+  const auto isa = cpu::active_isa();
+  json << "{\"detected_isa\": \"" << kIsaNames[static_cast<int>(cpu::detected_isa())]
+       << "\", \"isa\": \"" << kIsaNames[static_cast<int>(isa)] << "\", \"engines\": {";
+  const std::pair<const char*, DType> dtypes[] = {{"float32", DType::kFloat32},
+                                                  {"float64", DType::kFloat64},
+                                                  {"bfloat16", DType::kBFloat16},
+                                                  {"float16", DType::kFloat16}};
+  const char* separator = "";
+  for (const auto& [name, dtype] : dtypes) {
+    json << separator << "\"" << name << "\": \"" << cpu::choose_engine(dtype, isa).name << "\"";
+    separator = ", ";
+  }
+  json << "}, \"compiler\": \"" << __VERSION__ << "\"}";
+  return json.str();
+}
+
+// Kernels share torch's own threads, so torch.set_num_threads applies to them.
+const cpu::ThreadPool kTorchThreads = {
+    [] { return static_cast<int64_t>(torch::stable::get_num_threads()); },
+    [](int64_t n, cpu::RangeBody body, void* context) {
+      torch::stable::parallel_for(0, n, 1,
+                                  [&](int64_t begin, int64_t end) { body(begin, end, context); });
+    }};
+
+}  // namespace
+}  // namespace longctx
+
+STABLE_TORCH_LIBRARY_IMPL(longctx, CompositeExplicitAutograd, m) {
+  longctx::cpu::set_thread_pool(longctx::kTorchThreads);
+  m.impl("_force_isa", TORCH_BOX(&longctx::force_isa));
+  m.impl("build_info", TORCH_BOX(&longctx::build_info));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(longctx, CPU, m) {
+  using namespace longctx;
+  using namespace longctx::cpu;
+  m.impl("attention", TORCH_BOX(&attention<run_attention_cpu>));
+  m.impl("block_sparse_attention",
+         TORCH_BOX(&block_sparse_attention<run_block_sparse_attention_cpu>));
+  m.impl("merge_states", TORCH_BOX(&merge_states<run_merge_states_cpu>));
+}

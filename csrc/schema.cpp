@@ -1,0 +1,34 @@
+// Every op of longctx: the public contract on one screen.
+#include <torch/csrc/stable/library.h>
+
+#include <string>
+
+namespace {
+
+// Options of every attention op; see include/longctx/params.h for their meaning.
+const std::string kMaskOptions =
+    "bool causal=True, float? softmax_scale=None, int window_size_left=-1, "
+    "int window_size_right=-1, int num_sink_tokens=0, float softcap=0.0, ";
+const std::string kSequenceOptions =
+    "Tensor? key_ranges=None, Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, "
+    "Tensor? seqused_k=None";
+const std::string kAttentionOptions =
+    kMaskOptions + "Tensor? sinks=None, " + kSequenceOptions + ", Tensor? page_table=None";
+
+void define(torch::stable::detail::StableLibrary& library, const std::string& schema) {
+  library.def(schema.c_str());
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(longctx, m) {
+  define(m, "_force_isa(str isa) -> ()");
+  define(m, "attention(Tensor q, Tensor k, Tensor v, *, " + kAttentionOptions +
+                ") -> (Tensor, Tensor)");
+  define(m,
+         "block_sparse_attention(Tensor q, Tensor k, Tensor v, Tensor block_indptr, "
+         "Tensor block_indices, int block_size_q, int block_size_k, *, " +
+             kAttentionOptions + ") -> (Tensor, Tensor)");
+  define(m, "build_info() -> str");
+  define(m, "merge_states(Tensor out, Tensor lse, Tensor? lse_override=None) -> (Tensor, Tensor)");
+}

@@ -1,0 +1,11 @@
+"""One file an op: the function with its docstring, its fake kernel and its gradient rule."""
+
+from longctx import _library
+
+_library.load()
+
+from longctx.ops.attention import attention  # noqa: E402
+from longctx.ops.block_sparse_attention import block_sparse_attention  # noqa: E402
+from longctx.ops.merge_states import merge_states  # noqa: E402
+
+__all__ = ["attention", "block_sparse_attention", "merge_states"]

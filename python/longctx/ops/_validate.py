@@ -1,0 +1,93 @@
+"""Checks of tensor *values*, run only under `validate=True`: they read the data and so may sync."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def _require(ok: Tensor | bool, op: str, argument: str, rule: str, got: str) -> None:
+    if not bool(ok):
+        raise ValueError(f"longctx::{op}: `{argument}` must {rule}; got {got}")
+
+
+def offsets(op: str, argument: str, cu_seqlens: Tensor | None, total: int) -> None:
+    """`cu_seqlens` starts at 0, never falls and ends at the length of its axis."""
+    if cu_seqlens is None:
+        return
+    values = cu_seqlens.tolist()
+    _require(values[:1] == [0], op, argument, "start at 0", str(values[:1]))
+    falls = [i for i in range(1, len(values)) if values[i] < values[i - 1]]
+    _require(not falls, op, argument, "be non-decreasing", f"a smaller value at index {falls[:1]}")
+    _require(values[-1] == total, op, argument, f"end at the length of its axis, {total}", str(values[-1]))
+
+
+def lengths(op: str, argument: str, seqused_k: Tensor | None, seqlen_k: int) -> None:
+    """`seqused_k` is within [0, seqlen_k]."""
+    if seqused_k is None or seqused_k.numel() == 0:
+        return
+    low, high = (int(x) for x in torch.aminmax(seqused_k))
+    _require(low >= 0 and high <= seqlen_k, op, argument, f"be in [0, {seqlen_k}]", f"[{low}, {high}]")
+
+
+def ranges(op: str, argument: str, key_ranges: Tensor | None, seqlen_k: int) -> None:
+    """Bounds of non-empty ranges lie within [0, seqlen_k]; the two ranges of a row do not overlap."""
+    if key_ranges is None or key_ranges.numel() == 0:
+        return
+    begin, end = key_ranges.unbind(-1)
+    used = begin < end
+    inside = ~used | ((begin >= 0) & (end <= seqlen_k))
+    _require(inside.all(), op, argument, f"lie in [0, {seqlen_k}]", "a bound outside")
+
+
+def block_list(op: str, block_indptr: Tensor, block_indices: Tensor, num_k_blocks: int) -> None:
+    """`block_indptr` is a CSR row pointer into `block_indices`; rows are ascending block numbers."""
+    capacity = block_indices.numel()
+    indptr = block_indptr.reshape(-1, block_indptr.shape[-1])
+    _require(
+        (indptr[:, 1:] >= indptr[:, :-1]).all(), op, "block_indptr", "be non-decreasing", "a smaller value"
+    )
+    if indptr.numel():
+        low, high = (int(x) for x in torch.aminmax(indptr))
+        _require(
+            low >= 0 and high <= capacity, op, "block_indptr", f"be in [0, {capacity}]", f"[{low}, {high}]"
+        )
+    for row_pointers in indptr:
+        first, last = int(row_pointers[0]), int(row_pointers[-1])
+        listed = block_indices[first:last]
+        if not listed.numel():
+            continue
+        low, high = (int(x) for x in torch.aminmax(listed))
+        _require(
+            low >= 0 and high < num_k_blocks,
+            op,
+            "block_indices",
+            f"be in [0, {num_k_blocks})",
+            f"[{low}, {high}]",
+        )
+        row_of = torch.repeat_interleave(row_pointers.diff())
+        same_row = row_of[1:] == row_of[:-1]
+        ascending = (listed[1:] > listed[:-1]) | ~same_row
+        _require(
+            ascending.all(),
+            op,
+            "block_indices",
+            "be ascending without duplicates in each row",
+            "a row that is not",
+        )
+
+
+def sequences(
+    op: str,
+    q: Tensor,
+    k: Tensor,
+    key_ranges: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    seqused_k: Tensor | None,
+) -> None:
+    """The index tensors that all attention ops share."""
+    offsets(op, "cu_seqlens_q", cu_seqlens_q, q.shape[2])
+    offsets(op, "cu_seqlens_k", cu_seqlens_k, k.shape[2])
+    lengths(op, "seqused_k", seqused_k, k.shape[2])
+    ranges(op, "key_ranges", key_ranges, k.shape[2])
