@@ -36,6 +36,12 @@ struct KeyChunk {
   // Bit t: the 16 slots from 16 * t on are real keys at consecutive rows, k_stride / v_stride
   // apart.
   uint32_t contiguous16 = 0;
+  // Slots [begin, end) of the chunk that is packed next: an engine may prefetch their rows.
+  struct Upcoming {
+    const KeyChunk* chunk = nullptr;
+    int64_t begin = 0;
+    int64_t end = 0;
+  } upcoming;
   int64_t num_slots() const { return (num_keys + kKeyTile - 1) / kKeyTile * kKeyTile; }
 };
 
@@ -67,8 +73,9 @@ struct StripEngine {
   void (*accumulate)(const StripShape&, const void* queries, const KeyChunk&, const void* packed,
                      const ChunkMask&, void* state);
   // out_rows[r] -> [head_dim_v] in shape.dtype; lse[r] natural log, float (double for float64).
-  // A row that saw no key gives out = 0, lse = -inf. `sink` is an extra logit or null.
-  void (*finish)(const StripShape&, void* state, const float* sink, int num_rows,
+  // A row that saw no key gives out = 0, lse = -inf. sinks[r] is one more logit of row r, without a
+  // value (rows of a strip may belong to different heads); null: none. lse leaves it out.
+  void (*finish)(const StripShape&, void* state, const float* sinks, int num_rows,
                  void* const* out_rows, void* lse);
 
   // p_t[slot][row] = exp(s - lse[row]) where visible, else 0; lse in float (double for float64),
