@@ -1,0 +1,385 @@
+// The strip engine on vector registers, written once over Vec<T>: a vector holds queries, keys and
+// values are broadcast. Both products keep a register block of kBlockRows rows (keys of S^T, value
+// columns of O^T) times kBlockVecs vectors and run over the whole depth.
+// Include after one vec_<isa>.h. Everything here has internal linkage, so that code compiled for
+// one instruction set is never linked into another.
+#pragma once
+#include <math.h>
+
+#include <cstdint>
+#include <limits>
+
+#include "longctx/mask.h"
+#include "reduced_float.h"
+#include "strip_engine.h"
+
+namespace longctx::cpu {
+namespace {
+
+// Calls f(Count<n>) for a run-time n in [1, kMax]; does nothing for 0.
+template <int kCount>
+struct Count {
+  static constexpr int value = kCount;
+};
+template <int kMax, class F>
+inline void with_count(int64_t n, const F& f) {
+  if constexpr (kMax > 0) {
+    if (n == kMax) {
+      f(Count<kMax>{});
+    } else {
+      with_count<kMax - 1>(n, f);
+    }
+  }
+}
+
+// T: what is computed in; In: the dtype of q, k, v and out.
+template <class T, class In>
+struct VectorStrip {
+  using V = Vec<T>;
+  static constexpr int kVecs = kStripRows / V::kLanes;
+  static constexpr int kBlockRows = V::kBlockRows;
+  static constexpr int kBlockVecs = V::kBlockVecs;
+  static constexpr int kBlockLanes = kBlockVecs * V::kLanes;
+  // Keys per softmax step: S^T, Q^T and O^T of head_dim 128 share the L1 cache.
+  static constexpr int kStepTiles = 4;
+  static constexpr int kStepKeys = kStepTiles * kKeyTile;
+  static constexpr T kInf = std::numeric_limits<T>::infinity();
+
+  struct State {
+    explicit State(void* memory)
+        : row_max(static_cast<T*>(memory)),
+          row_sum(row_max + kStripRows),
+          out_t(row_sum + kStripRows) {}
+    T* row_max;  // [kStripRows] running maximum of s
+    T* row_sum;  // [kStripRows] sum of exp(s - row_max)
+    T* out_t;    // [head_dim_v][kStripRows], relative to row_max
+  };
+
+  // The keys of one softmax step that at least one row sees; no other row of K or V is read.
+  struct Step {
+    int count = 0;
+    bool masked = false;
+    const T* k_rows[kStepKeys];
+    const T* v_rows[kStepKeys];
+    uint32_t visible[kStepKeys];
+  };
+
+  static int64_t query_bytes(const StripShape& shape) {
+    return sizeof(T) * kStripRows * shape.head_dim;
+  }
+  static int64_t chunk_bytes(const StripShape& shape) {
+    return sizeof(T) * kChunkKeys * (shape.head_dim + shape.head_dim_v);
+  }
+  static int64_t state_bytes(const StripShape& shape) {
+    return sizeof(T) * kStripRows * (2 + shape.head_dim_v);
+  }
+  static void begin_thread() {}
+  static void end_thread() {}
+
+  // Q^T [head_dim][kStripRows], scaled.
+  static void pack_queries(const StripShape& shape, const void* const* rows, int num_rows,
+                           void* queries) {
+    T* q_t = static_cast<T*>(queries);
+    const T scale = static_cast<T>(shape.softmax_scale);
+    for (int r = 0; r < kStripRows; ++r) {
+      const In* row = r < num_rows ? static_cast<const In*>(rows[r]) : nullptr;
+      for (int64_t d = 0; d < shape.head_dim; ++d) {
+        q_t[d * kStripRows + r] = row != nullptr ? widen(row[d]) * scale : T(0);
+      }
+    }
+  }
+
+  // K [num_slots][head_dim], then V [num_slots][head_dim_v].
+  static void pack_chunk(const StripShape& shape, const KeyChunk& chunk, bool with_values,
+                         void* packed) {
+    const int64_t num_slots = chunk.num_slots();
+    T* k = static_cast<T*>(packed);
+    for (int64_t slot = 0; slot < num_slots; ++slot) {
+      widen_row(static_cast<const In*>(chunk.k_rows[slot]), shape.head_dim,
+                k + slot * shape.head_dim);
+    }
+    if (!with_values) return;
+    T* v = k + kChunkKeys * shape.head_dim;
+    for (int64_t slot = 0; slot < num_slots; ++slot) {
+      widen_row(static_cast<const In*>(chunk.v_rows[slot]), shape.head_dim_v,
+                v + slot * shape.head_dim_v);
+    }
+  }
+
+  static void reset(const StripShape& shape, void* state) {
+    const State st(state);
+    for (int r = 0; r < kStripRows; ++r) st.row_max[r] = -kInf;
+    for (int r = 0; r < kStripRows; ++r) st.row_sum[r] = 0;
+    for (int64_t i = 0; i < shape.head_dim_v * kStripRows; ++i) st.out_t[i] = 0;
+  }
+
+  static void accumulate(const StripShape& shape, const void* queries, const KeyChunk& chunk,
+                         const void* packed, const ChunkMask& mask, void* state) {
+    const State st(state);
+    const T* q_t = static_cast<const T*>(queries);
+    const int num_tiles = static_cast<int>(chunk.num_slots() / kKeyTile);
+    alignas(64) T s_t[kStepKeys * kStripRows];
+    for (int tile = 0; tile < num_tiles;) {
+      const Step step = collect_step(shape, packed, mask, num_tiles, tile);
+      if (step.count == 0) continue;
+      // s = q k^T
+      score_rows(step.k_rows, step.count, q_t, shape.head_dim, s_t);
+      if (shape.softcap > 0) apply_softcap(shape, step.count, s_t);
+      // mask
+      if (step.masked) mask_scores(step, s_t);
+      // softmax update
+      update_softmax(shape, step.count, s_t, st);
+      // acc += p v
+      add_values(step.v_rows, step.count, s_t, shape.head_dim_v, st.out_t);
+    }
+  }
+
+  static void finish(const StripShape& shape, void* state, const float* sink, int num_rows,
+                     void* const* out_rows, void* lse) {
+    const State st(state);
+    for (int r = 0; r < num_rows; ++r) {
+      const T row_max = st.row_max[r];
+      const T sum = st.row_sum[r];
+      const bool empty = sum == 0;
+      static_cast<T*>(lse)[r] = empty ? -kInf : static_cast<T>(row_max + ::log(sum));
+      // The sink joins the denominator; both are taken relative to the larger of the two maxima.
+      double scale = 1;
+      double denominator = sum;
+      if (sink != nullptr) {
+        const double top = *sink > row_max ? *sink : row_max;
+        scale = ::exp(row_max - top);
+        denominator = sum * scale + ::exp(*sink - top);
+      }
+      const T factor = empty ? T(0) : static_cast<T>(scale / denominator);
+      In* out = static_cast<In*>(out_rows[r]);
+      for (int64_t d = 0; d < shape.head_dim_v; ++d) {
+        narrow(empty ? T(0) : st.out_t[d * kStripRows + r] * factor, out[d]);
+      }
+    }
+  }
+
+  static void probabilities(const StripShape& shape, const void* queries, const KeyChunk& chunk,
+                            const void* packed, const ChunkMask& mask, const void* lse,
+                            void* p_t) {
+    const T* q_t = static_cast<const T*>(queries);
+    const T* row_lse = static_cast<const T*>(lse);
+    uint32_t live_rows = 0;
+    alignas(64) T safe_lse[kStripRows];
+    for (int r = 0; r < kStripRows; ++r) {
+      const bool live = row_lse[r] != -kInf;
+      live_rows |= static_cast<uint32_t>(live) << r;
+      safe_lse[r] = live ? row_lse[r] : T(0);
+    }
+    for (int tile = 0; tile < chunk.num_slots() / kKeyTile; ++tile) {
+      T* p = static_cast<T*>(p_t) + tile * kKeyTile * kStripRows;
+      const auto visibility = static_cast<Visibility>(mask.tiles[tile]);
+      if (visibility != Visibility::kNone) {
+        const T* k_rows[kKeyTile];
+        for (int i = 0; i < kKeyTile; ++i) k_rows[i] = k_row(shape, packed, tile * kKeyTile + i);
+        score_rows(k_rows, kKeyTile, q_t, shape.head_dim, p);
+        if (shape.softcap > 0) apply_softcap(shape, kKeyTile, p);
+      }
+      for (int i = 0; i < kKeyTile; ++i, p += kStripRows) {
+        uint32_t visible = visibility == Visibility::kNone ? 0 : live_rows;
+        if (visibility == Visibility::kPartial) visible &= mask.visible[tile * kKeyTile + i];
+        for (int j = 0; j < kStripRows; j += V::kLanes) {
+          const V x = exp(V::load(p + j) - V::load(safe_lse + j));
+          select(visible >> j, x, V::broadcast(0)).store(p + j);
+        }
+      }
+    }
+  }
+
+  static void scores(const StripShape& shape, const void* queries, const KeyChunk& chunk,
+                     const void* packed, void* s_t) {
+    const T* q_t = static_cast<const T*>(queries);
+    for (int tile = 0; tile < chunk.num_slots() / kKeyTile; ++tile) {
+      const T* k_rows[kKeyTile];
+      for (int i = 0; i < kKeyTile; ++i) k_rows[i] = k_row(shape, packed, tile * kKeyTile + i);
+      T* s = static_cast<T*>(s_t) + tile * kKeyTile * kStripRows;
+      score_rows(k_rows, kKeyTile, q_t, shape.head_dim, s);
+      if (shape.softcap > 0) apply_softcap(shape, kKeyTile, s);
+    }
+  }
+
+ private:
+  static const T* k_row(const StripShape& shape, const void* packed, int64_t slot) {
+    return static_cast<const T*>(packed) + slot * shape.head_dim;
+  }
+  static const T* v_row(const StripShape& shape, const void* packed, int64_t slot) {
+    return static_cast<const T*>(packed) + kChunkKeys * shape.head_dim + slot * shape.head_dim_v;
+  }
+
+  static void widen_row(const In* from, int64_t n, T* to) {
+    for (int64_t i = 0; i < n; ++i) to[i] = widen(from[i]);
+  }
+
+  // The next kStepTiles tiles that are visible at all; advances `tile` past them.
+  static Step collect_step(const StripShape& shape, const void* packed, const ChunkMask& mask,
+                           int num_tiles, int& tile) {
+    Step step;
+    for (; tile < num_tiles && step.count <= kStepKeys - kKeyTile; ++tile) {
+      const auto visibility = static_cast<Visibility>(mask.tiles[tile]);
+      if (visibility == Visibility::kNone) continue;
+      const bool partial = visibility == Visibility::kPartial;
+      step.masked |= partial;
+      for (int slot = tile * kKeyTile; slot < (tile + 1) * kKeyTile; ++slot) {
+        const uint32_t visible = partial ? mask.visible[slot] : ~0u;
+        if (visible == 0) continue;
+        step.k_rows[step.count] = k_row(shape, packed, slot);
+        step.v_rows[step.count] = v_row(shape, packed, slot);
+        step.visible[step.count++] = visible;
+      }
+    }
+    return step;
+  }
+
+  // s_t[i][row] = k_rows[i] . q[row]
+  static void score_rows(const T* const* k_rows, int count, const T* q_t, int64_t head_dim,
+                         T* s_t) {
+    int i = 0;
+    for (; i + kBlockRows <= count; i += kBlockRows) {
+      score_block<kBlockRows>(k_rows + i, q_t, head_dim, s_t + i * kStripRows);
+    }
+    with_count<kBlockRows - 1>(count - i, [&](auto rest) {
+      score_block<decltype(rest)::value>(k_rows + i, q_t, head_dim, s_t + i * kStripRows);
+    });
+  }
+
+  template <int kRows>
+  static void score_block(const T* const* k_rows, const T* q_t, int64_t head_dim, T* s_t) {
+    const T* k[kRows];
+    for (int n = 0; n < kRows; ++n) k[n] = k_rows[n];
+    for (int lane = 0; lane < kStripRows; lane += kBlockLanes) {
+      V acc[kRows][kBlockVecs];
+      for (int n = 0; n < kRows; ++n) {
+        for (int j = 0; j < kBlockVecs; ++j) acc[n][j] = V::broadcast(0);
+      }
+      const T* q = q_t + lane;
+      for (int64_t d = 0; d < head_dim; ++d, q += kStripRows) {
+        V x[kBlockVecs];
+        for (int j = 0; j < kBlockVecs; ++j) x[j] = V::load(q + j * V::kLanes);
+        for (int n = 0; n < kRows; ++n) {
+          const V key = V::broadcast(k[n][d]);
+          for (int j = 0; j < kBlockVecs; ++j) acc[n][j] = fma(key, x[j], acc[n][j]);
+        }
+      }
+      for (int n = 0; n < kRows; ++n) {
+        for (int j = 0; j < kBlockVecs; ++j) {
+          acc[n][j].store(s_t + n * kStripRows + lane + j * V::kLanes);
+        }
+      }
+    }
+  }
+
+  // out_t[d][row] += sum_i v_rows[i][d] * p_t[i][row]
+  static void add_values(const T* const* v_rows, int count, const T* p_t, int64_t head_dim_v,
+                         T* out_t) {
+    int64_t d = 0;
+    for (; d + kBlockRows <= head_dim_v; d += kBlockRows) {
+      value_block<kBlockRows>(v_rows, count, p_t, d, out_t + d * kStripRows);
+    }
+    with_count<kBlockRows - 1>(head_dim_v - d, [&](auto rest) {
+      value_block<decltype(rest)::value>(v_rows, count, p_t, d, out_t + d * kStripRows);
+    });
+  }
+
+  template <int kRows>
+  static void value_block(const T* const* v_rows, int count, const T* p_t, int64_t d, T* out_t) {
+    for (int lane = 0; lane < kStripRows; lane += kBlockLanes) {
+      V acc[kRows][kBlockVecs];
+      for (int n = 0; n < kRows; ++n) {
+        for (int j = 0; j < kBlockVecs; ++j) {
+          acc[n][j] = V::load(out_t + n * kStripRows + lane + j * V::kLanes);
+        }
+      }
+      const T* p = p_t + lane;
+      for (int i = 0; i < count; ++i, p += kStripRows) {
+        V x[kBlockVecs];
+        for (int j = 0; j < kBlockVecs; ++j) x[j] = V::load(p + j * V::kLanes);
+        const T* v = v_rows[i] + d;
+        for (int n = 0; n < kRows; ++n) {
+          const V value = V::broadcast(v[n]);
+          for (int j = 0; j < kBlockVecs; ++j) acc[n][j] = fma(value, x[j], acc[n][j]);
+        }
+      }
+      for (int n = 0; n < kRows; ++n) {
+        for (int j = 0; j < kBlockVecs; ++j) {
+          acc[n][j].store(out_t + n * kStripRows + lane + j * V::kLanes);
+        }
+      }
+    }
+  }
+
+  static void apply_softcap(const StripShape& shape, int count, T* s_t) {
+    const V cap = V::broadcast(static_cast<T>(shape.softcap));
+    const V inverse = V::broadcast(static_cast<T>(1 / shape.softcap));
+    for (int i = 0; i < count * kStripRows; i += V::kLanes) {
+      (cap * tanh(V::load(s_t + i) * inverse)).store(s_t + i);
+    }
+  }
+
+  static void mask_scores(const Step& step, T* s_t) {
+    for (int i = 0; i < step.count; ++i, s_t += kStripRows) {
+      if (step.visible[i] == ~0u) continue;
+      for (int j = 0; j < kStripRows; j += V::kLanes) {
+        select(step.visible[i] >> j, V::load(s_t + j), V::broadcast(-kInf)).store(s_t + j);
+      }
+    }
+  }
+
+  // Turns s into exp(s - row_max) in place; rescales the state where a row's maximum has grown.
+  static void update_softmax(const StripShape& shape, int count, T* s_t, const State& st) {
+    V row_max[kVecs];
+    for (int j = 0; j < kVecs; ++j) row_max[j] = V::load(st.row_max + j * V::kLanes);
+    for (int i = 0; i < count; ++i) {
+      for (int j = 0; j < kVecs; ++j) {
+        row_max[j] = max(V::load(s_t + i * kStripRows + j * V::kLanes), row_max[j]);
+      }
+    }
+    for (int j = 0; j < kVecs; ++j) {
+      const int lane = j * V::kLanes;
+      const V old_max = V::load(st.row_max + lane);
+      // A row that has seen nothing has maximum -inf: subtract a finite number instead.
+      const V safe_max = max(row_max[j], V::broadcast(std::numeric_limits<T>::lowest()));
+      V sum = V::load(st.row_sum + lane);
+      if (any_greater(row_max[j], old_max)) {
+        const V alpha = exp(old_max - safe_max);
+        row_max[j].store(st.row_max + lane);
+        sum = sum * alpha;
+        for (int64_t d = 0; d < shape.head_dim_v; ++d) {
+          T* out = st.out_t + d * kStripRows + lane;
+          (V::load(out) * alpha).store(out);
+        }
+      }
+      for (int i = 0; i < count; ++i) {
+        T* s = s_t + i * kStripRows + lane;
+        const V p = exp(V::load(s) - safe_max);
+        sum = sum + p;
+        p.store(s);
+      }
+      sum.store(st.row_sum + lane);
+    }
+  }
+};
+
+template <class T, class In>
+constexpr StripEngine vector_engine(const char* name) {
+  using Strip = VectorStrip<T, In>;
+  return {name,
+          Strip::query_bytes,
+          Strip::chunk_bytes,
+          Strip::state_bytes,
+          Strip::begin_thread,
+          Strip::end_thread,
+          Strip::pack_queries,
+          Strip::pack_chunk,
+          Strip::reset,
+          Strip::accumulate,
+          Strip::finish,
+          Strip::probabilities,
+          Strip::scores};
+}
+
+}  // namespace
+}  // namespace longctx::cpu

@@ -1,0 +1,53 @@
+// Vec<T> for any CPU: 16-byte compiler vectors, exponentials from the C library.
+#pragma once
+#include <math.h>
+
+#include <cstdint>
+
+namespace longctx::cpu {
+namespace {
+
+template <class T>
+struct Vec {
+  static constexpr int kLanes = 16 / sizeof(T);
+  static constexpr int kBlockRows = 4;  // register block of the products: rows x vectors
+  static constexpr int kBlockVecs = 2;
+
+  typedef T Native __attribute__((vector_size(16)));
+  Native v;
+
+  static Vec load(const T* p) {
+    Vec x;
+    __builtin_memcpy(&x.v, p, sizeof(x.v));
+    return x;
+  }
+  static Vec broadcast(T s) { return {Native{} + s}; }
+  void store(T* p) const { __builtin_memcpy(p, &v, sizeof(v)); }
+
+  friend Vec operator+(Vec a, Vec b) { return {a.v + b.v}; }
+  friend Vec operator-(Vec a, Vec b) { return {a.v - b.v}; }
+  friend Vec operator*(Vec a, Vec b) { return {a.v * b.v}; }
+  friend Vec fma(Vec a, Vec b, Vec c) { return {a.v * b.v + c.v}; }
+  friend Vec max(Vec a, Vec b) { return {a.v > b.v ? a.v : b.v}; }  // b where a is NaN
+  friend bool any_greater(Vec a, Vec b) {
+    bool any = false;
+    for (int i = 0; i < kLanes; ++i) any |= a.v[i] > b.v[i];
+    return any;
+  }
+  // Lane i of a where bit i of `bits` is set, else of b.
+  friend Vec select(uint32_t bits, Vec a, Vec b) {
+    for (int i = 0; i < kLanes; ++i) a.v[i] = (bits >> i & 1) != 0 ? a.v[i] : b.v[i];
+    return a;
+  }
+  friend Vec exp(Vec x) {
+    for (int i = 0; i < kLanes; ++i) x.v[i] = sizeof(T) == 8 ? ::exp(x.v[i]) : ::expf(x.v[i]);
+    return x;
+  }
+  friend Vec tanh(Vec x) {
+    for (int i = 0; i < kLanes; ++i) x.v[i] = sizeof(T) == 8 ? ::tanh(x.v[i]) : ::tanhf(x.v[i]);
+    return x;
+  }
+};
+
+}  // namespace
+}  // namespace longctx::cpu
