@@ -5,6 +5,8 @@
 
 namespace {
 
+// The Python functions take options by keyword only. The schemas cannot say so: torch's autograd
+// registration refuses keyword-only tensors.
 // Options of every attention op; see include/longctx/params.h for their meaning.
 const std::string kMaskOptions =
     "bool causal=True, float? softmax_scale=None, int window_size_left=-1, "
@@ -23,11 +25,11 @@ void define(torch::stable::detail::StableLibrary& library, const std::string& sc
 
 STABLE_TORCH_LIBRARY(longctx, m) {
   define(m, "_force_isa(str isa) -> ()");
-  define(m, "attention(Tensor q, Tensor k, Tensor v, *, " + kAttentionOptions +
+  define(m, "attention(Tensor q, Tensor k, Tensor v, " + kAttentionOptions +
                 ") -> (Tensor, Tensor)");
   define(m,
          "block_sparse_attention(Tensor q, Tensor k, Tensor v, Tensor block_indptr, "
-         "Tensor block_indices, int block_size_q, int block_size_k, *, " +
+         "Tensor block_indices, int block_size_q, int block_size_k, " +
              kAttentionOptions + ") -> (Tensor, Tensor)");
   define(m, "build_info() -> str");
   define(m, "merge_states(Tensor out, Tensor lse, Tensor? lse_override=None) -> (Tensor, Tensor)");

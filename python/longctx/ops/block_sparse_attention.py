@@ -109,7 +109,7 @@ def _fake(
     block_indices: Tensor,
     block_size_q: int,
     block_size_k: int,
-    **options: object,
+    *options: object,
 ) -> tuple[Tensor, Tensor]:
     return empty_outputs(q, v)
 
