@@ -27,7 +27,7 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 struct Item {
   int64_t sequence;
-  int64_t q_block;  // within the sequence
+  int64_t q_block;   // within the sequence
   int64_t list_row;  // of the block list
   int64_t first_head;
   int64_t weight;  // about how many keys it visits
@@ -65,8 +65,7 @@ void fill_unowned_rows(const Problem& problem) {
   if (partition) return;
   for (int64_t head = 0; head < p.num_q_heads; ++head) {
     for (int64_t row = 0; row < p.seqs.seqlen_q; ++row) {
-      std::memset(problem.element(p.out, 0, head, row), 0,
-                  p.head_dim_v * element_size(p.dtype));
+      std::memset(problem.element(p.out, 0, head, row), 0, p.head_dim_v * element_size(p.dtype));
       char* lse = problem.lse_at(0, head, row);
       if (p.dtype == DType::kFloat64) {
         *reinterpret_cast<double*>(lse) = -std::numeric_limits<double>::infinity();
@@ -229,17 +228,17 @@ class Worker {
       alignas(64) double lse[kStripRows];  // of float or double
       for (int lane = 0; lane < lanes(strip); ++lane) {
         const int64_t pair = strip * kStripRows + lane;
-        out_rows[lane] = problem_.element(p.out, seq_.batch_index, head_of(pair),
-                                          seq_.q_begin + row_of(pair));
+        out_rows[lane] =
+            problem_.element(p.out, seq_.batch_index, head_of(pair), seq_.q_begin + row_of(pair));
         if (p.sinks != nullptr) sinks[lane] = p.sinks[head_of(pair)];
       }
       engine_.finish(shape_, state(strip), p.sinks == nullptr ? nullptr : sinks, lanes(strip),
                      out_rows, lse);
       for (int lane = 0; lane < lanes(strip); ++lane) {
         const int64_t pair = strip * kStripRows + lane;
-        std::memcpy(
-            problem_.lse_at(seq_.batch_index, head_of(pair), seq_.q_begin + row_of(pair)),
-            reinterpret_cast<const char*>(lse) + lane * problem_.lse_size(), problem_.lse_size());
+        std::memcpy(problem_.lse_at(seq_.batch_index, head_of(pair), seq_.q_begin + row_of(pair)),
+                    reinterpret_cast<const char*>(lse) + lane * problem_.lse_size(),
+                    problem_.lse_size());
       }
     }
   }
@@ -281,16 +280,12 @@ int64_t choose_block_rows(const AttentionParams& p, int64_t group_size) {
 void run_items(const AttentionParams& p, const BlockList* blocks) {
   if (p.num_q_heads == 0 || p.seqs.seqlen_q == 0) return;
   constexpr double kLog2E = 1.4426950408889634;
-  const StripShape shape{p.dtype,
-                         p.head_dim,
-                         p.head_dim_v,
-                         static_cast<float>(p.softmax_scale * kLog2E),
-                         p.softmax_scale,
-                         p.softcap};
+  const StripShape shape{p.dtype,         p.head_dim,
+                         p.head_dim_v,    static_cast<float>(p.softmax_scale * kLog2E),
+                         p.softmax_scale, p.softcap};
   Problem problem{p, blocks, choose_engine(p.dtype, active_isa()), shape, 0, 1, {}};
   const int64_t group_size = p.num_q_heads / p.num_kv_heads;
-  problem.block_rows =
-      blocks == nullptr ? choose_block_rows(p, group_size) : blocks->block_size_q;
+  problem.block_rows = blocks == nullptr ? choose_block_rows(p, group_size) : blocks->block_size_q;
   const bool shared = blocks == nullptr || blocks->pattern_heads <= p.num_kv_heads;
   problem.heads_per_item = shared ? heads_for(group_size, problem.block_rows) : 1;
   fill_unowned_rows(problem);

@@ -1,5 +1,5 @@
-// The mask of one strip of query rows, laid over the key tiles of a chunk. Most tiles are decided by
-// a few comparisons against what all rows and what any row sees; the rest get one bit per pair.
+// The mask of one strip of query rows, laid over the key tiles of a chunk. Most tiles are decided
+// by a few comparisons against what all rows and what any row sees; the rest get one bit per pair.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -49,14 +49,14 @@ class StripMask {
     Interval hull;
     void add(const Interval& part, int lane) {
       const bool empty = part.begin >= part.end;
-      common = lane == 0 ? part
-                         : Interval{std::max(common.begin, part.begin),
-                                    std::min(common.end, part.end)};
+      common = lane == 0
+                   ? part
+                   : Interval{std::max(common.begin, part.begin), std::min(common.end, part.end)};
       if (lane == 0) hull = {};
       if (empty) return;
-      hull = hull.begin >= hull.end ? part
-                                    : Interval{std::min(hull.begin, part.begin),
-                                               std::max(hull.end, part.end)};
+      hull = hull.begin >= hull.end
+                 ? part
+                 : Interval{std::min(hull.begin, part.begin), std::max(hull.end, part.end)};
     }
   };
 
@@ -92,8 +92,8 @@ class StripMask {
       const auto slots = [&](const Interval& part) {
         return part.begin < part.end ? slots_in(part, positions, count, consecutive) : 0u;
       };
-      visible[lane] = (slots(row.window) | slots(row.sinks)) &
-                      (slots(row.ranges[0]) | slots(row.ranges[1]));
+      visible[lane] =
+          (slots(row.window) | slots(row.sinks)) & (slots(row.ranges[0]) | slots(row.ranges[1]));
       any |= visible[lane];
     }
     transpose(visible);

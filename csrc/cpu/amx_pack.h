@@ -1,0 +1,130 @@
+// Layouts of the AMX engine. Everything is a sequence of tiles of 16 rows x 64 bytes.
+// A bf16 element is itself; an fp16 element is the exact sum of two bf16 parts, and a product then
+// takes three tile products (the fourth, low x low, is below fp16 rounding).
+//   q:  [part][depth step][half] tile of 16 pairs of depth x 16 queries       (B operand)
+//   k:  [16 slots][part][depth step] tile of 16 slots x 32 of depth           (A operand)
+//   v^T: [16 columns][part][32 slots] tile of 16 value columns x 32 slots     (A operand)
+#pragma once
+#include <immintrin.h>
+
+#include <cstdint>
+
+#include "avx512_math.h"
+#include "reduced_float.h"
+#include "strip_engine.h"
+
+namespace longctx::cpu {
+namespace {
+
+constexpr int kTileBytes = 1024;
+constexpr int kTileRow = 64;  // bytes
+constexpr int kDepth = 32;    // bf16 elements of a tile row
+
+template <class In>
+constexpr int kParts = 1;
+template <>
+constexpr int kParts<Float16> = 2;
+
+inline int64_t depth_steps(const StripShape& shape) { return (shape.head_dim + 31) / 32; }
+inline int64_t value_tiles(const StripShape& shape) { return (shape.head_dim_v + 15) / 16; }
+
+// x - bf16(x) for the 32 elements of which `high` holds the rounded values.
+inline __m512i low_part(__m512 x0, __m512 x1, __m512i high) {
+  const __m512i wide0 = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(high));
+  const __m512i wide1 = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(high, 1));
+  const __m512 rest0 = _mm512_sub_ps(x0, _mm512_castsi512_ps(_mm512_slli_epi32(wide0, 16)));
+  const __m512 rest1 = _mm512_sub_ps(x1, _mm512_castsi512_ps(_mm512_slli_epi32(wide1, 16)));
+  return (__m512i)_mm512_cvtne2ps_pbh(rest1, rest0);
+}
+
+// 32 elements, of which `mask` exist, as bf16 parts.
+template <class In>
+inline void load_parts(const void* from, __mmask32 mask, __m512i* parts) {
+  const __m512i bits = _mm512_maskz_loadu_epi16(mask, from);
+  if constexpr (kParts<In> == 1) {
+    parts[0] = bits;
+  } else {
+    const __m512 x0 = _mm512_cvtph_ps(_mm512_castsi512_si256(bits));
+    const __m512 x1 = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(bits, 1));
+    parts[0] = (__m512i)_mm512_cvtne2ps_pbh(x1, x0);
+    parts[1] = low_part(x0, x1, parts[0]);
+  }
+}
+
+inline __mmask32 depth_mask(int64_t size, int64_t begin) {
+  const int64_t left = size - begin;
+  return left >= 32 ? ~__mmask32{0} : (__mmask32{1} << left) - 1;
+}
+
+template <class In>
+void pack_query_tiles(const StripShape& shape, const void* const* rows, int num_rows, char* to) {
+  const int64_t steps = depth_steps(shape);
+  for (int half = 0; half < 2; ++half) {
+    for (int64_t step = 0; step < steps; ++step) {
+      const __mmask32 mask = depth_mask(shape.head_dim, step * kDepth);
+      __m512i tiles[kParts<In>][16];
+      for (int r = 0; r < 16; ++r) {
+        const int row = half * 16 + r;
+        __m512i parts[kParts<In>] = {};
+        if (row < num_rows) {
+          load_parts<In>(static_cast<const In*>(rows[row]) + step * kDepth, mask, parts);
+        }
+        for (int part = 0; part < kParts<In>; ++part) tiles[part][r] = parts[part];
+      }
+      for (int part = 0; part < kParts<In>; ++part) {
+        transpose16(tiles[part]);
+        char* tile = to + ((part * steps + step) * 2 + half) * kTileBytes;
+        for (int r = 0; r < 16; ++r) _mm512_store_si512(tile + r * kTileRow, tiles[part][r]);
+      }
+    }
+  }
+}
+
+template <class In>
+void pack_key_tiles(const StripShape& shape, const void* const* rows, char* to) {
+  const int64_t steps = depth_steps(shape);
+  for (int r = 0; r < 16; ++r) {
+    for (int64_t step = 0; step < steps; ++step) {
+      __m512i parts[kParts<In>];
+      load_parts<In>(static_cast<const In*>(rows[r]) + step * kDepth,
+                     depth_mask(shape.head_dim, step * kDepth), parts);
+      for (int part = 0; part < kParts<In>; ++part) {
+        _mm512_store_si512(to + (part * steps + step) * kTileBytes + r * kTileRow, parts[part]);
+      }
+    }
+  }
+}
+
+// 32 slots x 32 value columns: interleaving two slots makes dwords, which are then transposed.
+// Columns beyond head_dim_v become zero rows; a tile wholly beyond it is not written.
+template <class In>
+void pack_value_tiles(const StripShape& shape, const void* const* rows, int64_t column, char* to,
+                      int64_t tile_stride, int64_t part_stride) {
+  const __mmask32 mask = depth_mask(shape.head_dim_v, column);
+  __m512i low[kParts<In>][16], high[kParts<In>][16];
+  for (int pair = 0; pair < 16; ++pair) {
+    __m512i even[kParts<In>], odd[kParts<In>];
+    load_parts<In>(static_cast<const In*>(rows[2 * pair]) + column, mask, even);
+    load_parts<In>(static_cast<const In*>(rows[2 * pair + 1]) + column, mask, odd);
+    for (int part = 0; part < kParts<In>; ++part) {
+      low[part][pair] = _mm512_unpacklo_epi16(even[part], odd[part]);
+      high[part][pair] = _mm512_unpackhi_epi16(even[part], odd[part]);
+    }
+  }
+  const bool two_tiles = shape.head_dim_v - column > 16;
+  for (int part = 0; part < kParts<In>; ++part) {
+    transpose16(low[part]);
+    transpose16(high[part]);
+    // unpack works within 128 bits: low holds columns 8 * i + 0..3, high 8 * i + 4..7.
+    for (int i = 0; i < (two_tiles ? 4 : 2); ++i) {
+      char* tile = to + part * part_stride + (i / 2) * tile_stride + (i % 2) * 8 * kTileRow;
+      for (int c = 0; c < 4; ++c) {
+        _mm512_store_si512(tile + c * kTileRow, low[part][4 * i + c]);
+        _mm512_store_si512(tile + (4 + c) * kTileRow, high[part][4 * i + c]);
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace longctx::cpu

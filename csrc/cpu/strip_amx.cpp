@@ -1,0 +1,483 @@
+// The strip engine on AMX tiles, for bf16 and (as two bf16 parts) fp16.
+//   S^T = K Q^T      A = k rows as the user stores them, B = q^T
+//   P^T = 2^(S^T - reference)      two vectors of S^T make one of P^T in the layout of a B operand
+//   O^T += V^T P^T   A = v^T, transposed once per chunk
+// Each product keeps 2 x 2 accumulator tiles: 4 tile loads for 4 products. Scores of the next 32
+// keys are computed between the exponentials of the current 32, so that tile and vector units
+// overlap. The softmax reference of a row is its maximum when last looked at, not the running
+// maximum: a sum that outgrows kSumLimit tells that it must be looked at again. Rounding is
+// relative, so probabilities above 1 lose nothing, and the usual tile needs no maximum at all.
+#include <immintrin.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+#include "amx_pack.h"
+#include "avx512_math.h"
+#include "longctx/mask.h"
+#include "strip_engine.h"
+
+namespace longctx::cpu {
+namespace {
+
+constexpr int kGroupTiles = 8;  // key tiles per pass over O^T: their P^T stays in L1
+constexpr float kSumLimit = 0x1p60f;
+constexpr double kLog2E = 1.4426950408889634;
+constexpr float kInf = std::numeric_limits<float>::infinity();
+constexpr int kScoreRow = kStripRows * sizeof(float);  // bytes
+
+struct alignas(64) TileConfig {
+  uint8_t palette = 1;
+  uint8_t start_row = 0;
+  uint8_t reserved[14] = {};
+  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+
+void begin_thread() {
+  static constexpr TileConfig config;  // static: the compiler sees only 8 bytes of it being read
+  _tile_loadconfig(&config);
+}
+void end_thread() { _tile_release(); }
+
+// Tile loads do not tell the compiler that they read memory: vector stores before this are done.
+inline void finish_stores() { std::atomic_signal_fence(std::memory_order_seq_cst); }
+
+// 16 rows of an A operand.
+struct Rows {
+  const char* data;
+  int64_t stride;       // bytes
+  int64_t step_stride;  // bytes from one depth step to the next
+  int64_t part_stride;
+};
+
+template <class In>
+struct AmxStrip {
+  static constexpr int kNumParts = kParts<In>;
+  static constexpr int kDegree = kNumParts == 1 ? 3 : 4;
+  static constexpr int kProbabilityTile = kNumParts * 2 * kTileBytes;  // [part][half] of 32 keys
+
+  struct State {
+    State(const StripShape& shape, void* memory)
+        : out_t(static_cast<char*>(memory)),
+          reference(reinterpret_cast<float*>(out_t + value_tiles(shape) * 2 * kTileBytes)),
+          sum(reference + kStripRows) {}
+    char* out_t;       // [value tile][half] tile of 16 columns x 16 queries, float
+    float* reference;  // [kStripRows], in powers of two; -inf: nothing seen
+    float* sum;        // [kStripRows] of 2^(s - reference)
+  };
+
+  static int64_t query_bytes(const StripShape& shape) {
+    return kNumParts * depth_steps(shape) * 2 * kTileBytes;
+  }
+  static int64_t key_bytes(const StripShape& shape) {
+    return kNumParts * depth_steps(shape) * (kChunkKeys / 16) * kTileBytes;
+  }
+  static int64_t chunk_bytes(const StripShape& shape) {
+    return key_bytes(shape) + kNumParts * value_tiles(shape) * (kChunkKeys / 32) * kTileBytes;
+  }
+  static int64_t state_bytes(const StripShape& shape) {
+    return value_tiles(shape) * 2 * kTileBytes + 2 * kStripRows * sizeof(float);
+  }
+
+  static void pack_queries(const StripShape& shape, const void* const* rows, int num_rows,
+                           void* queries) {
+    pack_query_tiles<In>(shape, rows, num_rows, static_cast<char*>(queries));
+  }
+
+  // Rows that are tiles already: bf16, full depth, and close enough together not to fight for the
+  // same cache sets.
+  static bool in_place(const StripShape& shape, const KeyChunk& chunk, int64_t group) {
+    return kNumParts == 1 && shape.head_dim % kDepth == 0 && chunk.k_stride <= 320 &&
+           (chunk.contiguous16 >> group & 1) != 0;
+  }
+
+  static Rows key_rows(const StripShape& shape, const KeyChunk& chunk, const void* packed,
+                       int64_t group) {
+    if (in_place(shape, chunk, group)) {
+      return {static_cast<const char*>(chunk.k_rows[group * 16]),
+              chunk.k_stride * static_cast<int64_t>(sizeof(In)), kTileRow, 0};
+    }
+    const int64_t steps = depth_steps(shape);
+    return {static_cast<const char*>(packed) + group * kNumParts * steps * kTileBytes, kTileRow,
+            kTileBytes, steps * kTileBytes};
+  }
+
+  static void pack_chunk(const StripShape& shape, const KeyChunk& chunk, bool with_values,
+                         void* packed) {
+    const int64_t num_slots = chunk.num_slots();
+    char* keys = static_cast<char*>(packed);
+    const int64_t group_bytes = kNumParts * depth_steps(shape) * kTileBytes;
+    for (int64_t group = 0; group < num_slots / 16; ++group) {
+      if (in_place(shape, chunk, group)) continue;
+      pack_key_tiles<In>(shape, chunk.k_rows + group * 16, keys + group * group_bytes);
+    }
+    if (!with_values) return;
+    char* values = keys + key_bytes(shape);
+    for (int64_t tile = 0; tile < num_slots / 32; ++tile) {
+      for (int64_t column = 0; column < shape.head_dim_v; column += 32) {
+        pack_value_tiles<In>(shape, chunk.v_rows + tile * 32, column,
+                             values + value_tile(column / 16, 0, tile), value_tile(1, 0, 0),
+                             value_tile(0, 1, 0));
+      }
+    }
+  }
+
+  // Bytes from the first tile of v^T.
+  static int64_t value_tile(int64_t column_tile, int64_t part, int64_t key_tile) {
+    return ((column_tile * kNumParts + part) * (kChunkKeys / 32) + key_tile) * kTileBytes;
+  }
+
+  static void reset(const StripShape& shape, void* memory) {
+    const State state(shape, memory);
+    std::memset(memory, 0, state_bytes(shape));
+    std::fill_n(state.reference, kStripRows, -kInf);
+  }
+
+  // One depth step of 32 keys x 32 queries in tiles 0..3: three products for two parts.
+  static void multiply_step(const Rows& k0, const Rows& k1, const char* queries, int64_t steps,
+                            int64_t step) {
+    for (int product = kNumParts == 1 ? 0 : 2; product >= 0; --product) {
+      const int k_part = product == 1 ? 1 : 0;
+      const int q_part = product == 2 ? 1 : 0;
+      const char* q = queries + (q_part * steps + step) * 2 * kTileBytes;
+      _tile_loadd(6, q, kTileRow);
+      _tile_loadd(4, k0.data + k_part * k0.part_stride + step * k0.step_stride, k0.stride);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_loadd(7, q + kTileBytes, kTileRow);
+      _tile_dpbf16ps(1, 4, 7);
+      _tile_loadd(5, k1.data + k_part * k1.part_stride + step * k1.step_stride, k1.stride);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+  }
+
+  static void zero_tiles() {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+
+  static void store_scores(void* scores) {
+    char* s = static_cast<char*>(scores);
+    _tile_stored(0, s, kScoreRow);
+    _tile_stored(1, s + 64, kScoreRow);
+    _tile_stored(2, s + 16 * kScoreRow, kScoreRow);
+    _tile_stored(3, s + 16 * kScoreRow + 64, kScoreRow);
+  }
+
+  // s = q k^T of key tile `tile`, [32 keys][32 queries].
+  static void score_tile(const StripShape& shape, const char* queries, const KeyChunk& chunk,
+                         const void* packed, int64_t tile, float* scores) {
+    const Rows k0 = key_rows(shape, chunk, packed, 2 * tile);
+    const Rows k1 = key_rows(shape, chunk, packed, 2 * tile + 1);
+    const int64_t steps = depth_steps(shape);
+    zero_tiles();
+    for (int64_t step = 0; step < steps; ++step) multiply_step(k0, k1, queries, steps, step);
+    store_scores(scores);
+  }
+
+  // The exponentials of one key tile, two keys at a time so that products can run in between.
+  struct Exponentials {
+    Exponentials(float scale_log2, const float* reference, const float* from, char* to)
+        : scale(_mm512_set1_ps(scale_log2)), scores(from), probabilities(to) {
+      for (int half = 0; half < 2; ++half) {
+        const __m512 r = _mm512_load_ps(reference + half * 16);
+        offset[half] = r;
+        sums[half] = sums[2 + half] = _mm512_setzero_ps();
+      }
+      alignas(64) static constexpr uint16_t kInterleave[32] = {
+          0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+          8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+      interleave = _mm512_load_si512(kInterleave);
+    }
+
+    void pair(int index) {
+      for (int half = 0; half < 2; ++half) {
+        const float* s = scores + index * 2 * kStripRows + half * 16;
+        const __m512 p0 = exp2_ps<kDegree>(_mm512_fmsub_ps(_mm512_load_ps(s), scale, offset[half]));
+        const __m512 p1 =
+            exp2_ps<kDegree>(_mm512_fmsub_ps(_mm512_load_ps(s + kStripRows), scale, offset[half]));
+        sums[half] = _mm512_add_ps(sums[half], p0);
+        sums[2 + half] = _mm512_add_ps(sums[2 + half], p1);
+        const __m512i high = (__m512i)_mm512_cvtne2ps_pbh(p1, p0);
+        char* row = probabilities + half * kTileBytes + index * kTileRow;
+        _mm512_store_si512(row, _mm512_permutexvar_epi16(interleave, high));
+        if constexpr (kNumParts == 2) {
+          const __m512i low = low_part(p0, p1, high);
+          _mm512_store_si512(row + 2 * kTileBytes, _mm512_permutexvar_epi16(interleave, low));
+        }
+      }
+    }
+
+    // Adds the tile to the rows' sums, unless one of them outgrew its reference.
+    bool commit(float* sum) const {
+      const __m512 s0 = _mm512_add_ps(sums[0], sums[2]);
+      const __m512 s1 = _mm512_add_ps(sums[1], sums[3]);
+      const __m512 limit = _mm512_set1_ps(kSumLimit);
+      const __mmask16 high =
+          _mm512_cmp_ps_mask(s0, limit, _CMP_NLE_UQ) | _mm512_cmp_ps_mask(s1, limit, _CMP_NLE_UQ);
+      if (__builtin_expect(high != 0, 0)) return false;
+      add(sum);
+      return true;
+    }
+    void add(float* sum) const {
+      for (int half = 0; half < 2; ++half) {
+        const __m512 tile = _mm512_add_ps(sums[half], sums[2 + half]);
+        _mm512_store_ps(sum + half * 16, _mm512_add_ps(_mm512_load_ps(sum + half * 16), tile));
+      }
+    }
+
+    __m512 scale, offset[2], sums[4];
+    __m512i interleave;
+    const float* scores;
+    char* probabilities;
+  };
+
+  // Moves the references up to the maximum of the tile and rescales what was accumulated.
+  static void raise_references(const StripShape& shape, float scale, const float* scores,
+                               const State& state) {
+    for (int half = 0; half < 2; ++half) {
+      const __m512 old = _mm512_load_ps(state.reference + half * 16);
+      __m512 top = old;
+      for (int key = 0; key < kKeyTile; ++key) {
+        const __m512 s = _mm512_load_ps(scores + key * kStripRows + half * 16);
+        top = _mm512_max_ps(_mm512_mul_ps(s, _mm512_set1_ps(scale)), top);
+      }
+      _mm512_store_ps(state.reference + half * 16, top);
+      const __m512 factor = exp2_ps<5>(_mm512_sub_ps(old, finite(top)));
+      float* sum = state.sum + half * 16;
+      _mm512_store_ps(sum, _mm512_mul_ps(_mm512_load_ps(sum), factor));
+      for (int64_t tile = 0; tile < value_tiles(shape); ++tile) {
+        float* rows = reinterpret_cast<float*>(state.out_t + (tile * 2 + half) * kTileBytes);
+        for (int c = 0; c < 16; ++c) {
+          _mm512_store_ps(rows + c * 16, _mm512_mul_ps(_mm512_load_ps(rows + c * 16), factor));
+        }
+      }
+    }
+  }
+
+  // -inf, the reference of a row that saw nothing, cannot be subtracted.
+  static __m512 finite(__m512 x) {
+    return _mm512_max_ps(x, _mm512_set1_ps(std::numeric_limits<float>::lowest()));
+  }
+
+  // Applies softcap and mask in place; returns the factor that takes the scores to powers of two.
+  static float adjust_scores(const StripShape& shape, const ChunkMask& mask, int64_t tile,
+                             float* scores) {
+    const bool partial = static_cast<Visibility>(mask.tiles[tile]) == Visibility::kPartial;
+    const bool capped = shape.softcap > 0;
+    if (capped) cap_scores(shape, scores, static_cast<float>(shape.softcap * kLog2E));
+    if (!partial) return capped ? 1.0f : shape.scale_log2;
+    const __m512 scale = _mm512_set1_ps(capped ? 1.0f : shape.scale_log2);
+    const __m512 hidden = _mm512_set1_ps(-kInf);
+    for (int key = 0; key < kKeyTile; ++key) {
+      const uint32_t visible = mask.visible[tile * kKeyTile + key];
+      for (int half = 0; half < 2; ++half) {
+        float* s = scores + key * kStripRows + half * 16;
+        const auto lanes = static_cast<__mmask16>(visible >> (half * 16));
+        _mm512_store_ps(s, _mm512_mask_mul_ps(hidden, lanes, _mm512_load_ps(s), scale));
+      }
+    }
+    return 1.0f;
+  }
+
+  static void cap_scores(const StripShape& shape, float* scores, float cap) {
+    const __m512 inner = _mm512_set1_ps(static_cast<float>(shape.softmax_scale / shape.softcap));
+    for (int i = 0; i < kKeyTile * kStripRows; i += 16) {
+      const __m512 t = tanh_ps(_mm512_mul_ps(_mm512_load_ps(scores + i), inner));
+      _mm512_store_ps(scores + i, _mm512_mul_ps(t, _mm512_set1_ps(cap)));
+    }
+  }
+
+  // O^T += V^T P^T over the key tiles of a group.
+  static void add_values(const StripShape& shape, const char* values, const int* tiles, int count,
+                         const char* probabilities, const State& state) {
+    const int64_t num_tiles = value_tiles(shape);
+    finish_stores();
+    for (int64_t column = 0; column < num_tiles; column += 2) {
+      char* out = state.out_t + column * 2 * kTileBytes;
+      const bool two = column + 1 < num_tiles;
+      _tile_loadd(0, out, kTileRow);
+      _tile_loadd(1, out + kTileBytes, kTileRow);
+      if (two) {
+        _tile_loadd(2, out + 2 * kTileBytes, kTileRow);
+        _tile_loadd(3, out + 3 * kTileBytes, kTileRow);
+      }
+      for (int i = 0; i < count; ++i) {
+        for (int product = kNumParts == 1 ? 0 : 2; product >= 0; --product) {
+          const int v_part = product == 1 ? 1 : 0;
+          const int p_part = product == 2 ? 1 : 0;
+          const char* p = probabilities + i * kProbabilityTile + p_part * 2 * kTileBytes;
+          _tile_loadd(6, p, kTileRow);
+          _tile_loadd(4, values + value_tile(column, v_part, tiles[i]), kTileRow);
+          _tile_dpbf16ps(0, 4, 6);
+          _tile_loadd(7, p + kTileBytes, kTileRow);
+          _tile_dpbf16ps(1, 4, 7);
+          if (two) {
+            _tile_loadd(5, values + value_tile(column + 1, v_part, tiles[i]), kTileRow);
+            _tile_dpbf16ps(2, 5, 6);
+            _tile_dpbf16ps(3, 5, 7);
+          }
+        }
+      }
+      _tile_stored(0, out, kTileRow);
+      _tile_stored(1, out + kTileBytes, kTileRow);
+      if (two) {
+        _tile_stored(2, out + 2 * kTileBytes, kTileRow);
+        _tile_stored(3, out + 3 * kTileBytes, kTileRow);
+      }
+    }
+  }
+
+  static void accumulate(const StripShape& shape, const void* queries, const KeyChunk& chunk,
+                         const void* packed, const ChunkMask& mask, void* memory) {
+    const State state(shape, memory);
+    const char* q = static_cast<const char*>(queries);
+    const char* values = static_cast<const char*>(packed) + key_bytes(shape);
+    alignas(64) float scores[kKeyTile * kStripRows];
+    alignas(64) char probabilities[kGroupTiles * kProbabilityTile];
+    int tiles[kGroupTiles];
+    int count = 0;
+    const auto flush = [&] {
+      add_values(shape, values, tiles, count, probabilities, state);
+      count = 0;
+    };
+    for (int tile = 0; tile < chunk.num_slots() / kKeyTile; ++tile) {
+      if (static_cast<Visibility>(mask.tiles[tile]) == Visibility::kNone) continue;
+      score_tile(shape, q, chunk, packed, tile, scores);
+      const float scale = adjust_scores(shape, mask, tile, scores);
+      Exponentials exponentials(scale, state.reference, scores,
+                                probabilities + count * kProbabilityTile);
+      for (int pair = 0; pair < 16; ++pair) exponentials.pair(pair);
+      if (!exponentials.commit(state.sum)) {
+        flush();
+        raise_references(shape, scale, scores, state);
+        alignas(64) float safe[kStripRows];
+        for (int half = 0; half < 2; ++half) {
+          _mm512_store_ps(safe + half * 16, finite(_mm512_load_ps(state.reference + half * 16)));
+        }
+        Exponentials again(scale, safe, scores, probabilities);
+        for (int pair = 0; pair < 16; ++pair) again.pair(pair);
+        again.add(state.sum);
+      }
+      tiles[count++] = tile;
+      if (count == kGroupTiles) flush();
+    }
+    flush();
+  }
+
+  static void finish(const StripShape& shape, void* memory, const float* sinks, int num_rows,
+                     void* const* out_rows, void* lse) {
+    const State state(shape, memory);
+    alignas(64) float factor[kStripRows];
+    for (int r = 0; r < kStripRows; ++r) {
+      const float sum = state.sum[r], reference = state.reference[r];
+      const bool empty = sum == 0.0f;
+      double total = sum;
+      if (sinks != nullptr && r < num_rows && !empty) {
+        total += std::exp2(double{sinks[r]} * kLog2E - reference);
+      }
+      factor[r] = empty ? 0.0f : static_cast<float>(1.0 / total);
+      if (r < num_rows) {
+        static_cast<float*>(lse)[r] =
+            empty ? -kInf
+                  : static_cast<float>((double{reference} + std::log2(double{sum})) *
+                                       0.6931471805599453);
+      }
+    }
+    for (int64_t column = 0; column < value_tiles(shape); ++column) {
+      const auto mask = static_cast<__mmask16>(depth_mask(shape.head_dim_v, column * 16));
+      for (int half = 0; half < 2 && half * 16 < num_rows; ++half) {
+        const float* rows =
+            reinterpret_cast<const float*>(state.out_t + (column * 2 + half) * kTileBytes);
+        const __m512 scale = _mm512_load_ps(factor + half * 16);
+        // A row that saw nothing is zero whatever its lane accumulated.
+        const __mmask16 live = _mm512_cmp_ps_mask(scale, _mm512_setzero_ps(), _CMP_NEQ_UQ);
+        __m512i out[16];
+        for (int c = 0; c < 16; ++c) {
+          out[c] =
+              _mm512_castps_si512(_mm512_maskz_mul_ps(live, _mm512_load_ps(rows + c * 16), scale));
+        }
+        transpose16(out);
+        for (int r = 0; r < std::min(16, num_rows - half * 16); ++r) {
+          const __m512 row = _mm512_castsi512_ps(out[r]);
+          __m256i bits;
+          if constexpr (kNumParts == 1) {
+            bits = (__m256i)_mm512_cvtneps_pbh(row);
+          } else {
+            bits = _mm512_cvtps_ph(row, _MM_FROUND_TO_NEAREST_INT);
+          }
+          _mm256_mask_storeu_epi16(static_cast<In*>(out_rows[half * 16 + r]) + column * 16, mask,
+                                   bits);
+        }
+      }
+    }
+  }
+
+  static void probabilities(const StripShape& shape, const void* queries, const KeyChunk& chunk,
+                            const void* packed, const ChunkMask& mask, const void* lse, void* p_t) {
+    alignas(64) float reference[kStripRows];
+    uint32_t live = 0;
+    for (int r = 0; r < kStripRows; ++r) {
+      const float row_lse = static_cast<const float*>(lse)[r];
+      const bool seen = row_lse != -kInf;
+      live |= uint32_t{seen} << r;
+      reference[r] = seen ? static_cast<float>(row_lse * kLog2E) : 0.0f;
+    }
+    for (int64_t tile = 0; tile < chunk.num_slots() / kKeyTile; ++tile) {
+      float* p = static_cast<float*>(p_t) + tile * kKeyTile * kStripRows;
+      if (static_cast<Visibility>(mask.tiles[tile]) == Visibility::kNone) {
+        std::fill_n(p, kKeyTile * kStripRows, 0.0f);
+        continue;
+      }
+      score_tile(shape, static_cast<const char*>(queries), chunk, packed, tile, p);
+      const __m512 scale = _mm512_set1_ps(adjust_scores(shape, mask, tile, p));
+      for (int i = 0; i < kKeyTile * kStripRows; i += 16) {
+        const __m512 r = _mm512_load_ps(reference + i % kStripRows);
+        const __m512 x = _mm512_fmsub_ps(_mm512_load_ps(p + i), scale, r);
+        const auto lanes = static_cast<__mmask16>(live >> (i % kStripRows));
+        _mm512_store_ps(p + i, _mm512_maskz_mov_ps(lanes, exp2_ps<5>(x)));
+      }
+    }
+  }
+
+  static void scores(const StripShape& shape, const void* queries, const KeyChunk& chunk,
+                     const void* packed, void* s_t) {
+    for (int64_t tile = 0; tile < chunk.num_slots() / kKeyTile; ++tile) {
+      float* s = static_cast<float*>(s_t) + tile * kKeyTile * kStripRows;
+      score_tile(shape, static_cast<const char*>(queries), chunk, packed, tile, s);
+      if (shape.softcap > 0) {
+        cap_scores(shape, s, static_cast<float>(shape.softcap));
+      } else {
+        const __m512 scale = _mm512_set1_ps(static_cast<float>(shape.softmax_scale));
+        for (int i = 0; i < kKeyTile * kStripRows; i += 16) {
+          _mm512_store_ps(s + i, _mm512_mul_ps(_mm512_load_ps(s + i), scale));
+        }
+      }
+    }
+  }
+};
+
+template <class In>
+constexpr StripEngine amx_strip_engine(const char* name) {
+  using Strip = AmxStrip<In>;
+  return {name,         Strip::query_bytes, Strip::chunk_bytes,  Strip::state_bytes,
+          begin_thread, end_thread,         Strip::pack_queries, Strip::pack_chunk,
+          Strip::reset, Strip::accumulate,  Strip::finish,       Strip::probabilities,
+          Strip::scores};
+}
+
+}  // namespace
+
+const StripEngine& amx_engine(DType dtype) {
+  static constexpr StripEngine kBFloat16 = amx_strip_engine<BFloat16>("amx-bf16");
+  static constexpr StripEngine kFloat16 = amx_strip_engine<Float16>("amx-bf16x2");
+  return dtype == DType::kFloat16 ? kFloat16 : kBFloat16;
+}
+
+}  // namespace longctx::cpu
