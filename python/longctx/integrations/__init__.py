@@ -1,0 +1,1 @@
+"""Adapters to other libraries. None of them is imported before it is used."""
