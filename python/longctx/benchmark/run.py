@@ -6,7 +6,7 @@ import argparse
 import json
 import platform
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -110,8 +110,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def selected(args: argparse.Namespace) -> list[Case]:
     """The cases that the arguments ask for."""
-    from dataclasses import replace
-
     cases = [
         case
         for case in CASES

@@ -130,7 +130,12 @@ def _dense(query: Tensor, key: Tensor, value: Tensor, context: AttentionContext)
 
 
 def _sparse(
-    policy: Policy, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext, counts: LayerCounts | None
+    policy: Policy,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    context: AttentionContext,
+    counts: LayerCounts | None,
 ) -> Tensor:
     pattern = policy.select(query, key, context)
     if type(policy).attend is Policy.attend:
@@ -147,7 +152,9 @@ def _with_rope(
 ) -> AttentionContext:
     """`context` with the rotary embedding and the position of every key."""
     if position_ids is None:
-        raise NotImplementedError("longctx: a policy that needs RoPE needs `position_ids`, which this model does not pass")
+        raise NotImplementedError(
+            "longctx: a policy that needs RoPE needs `position_ids`, which this model does not pass"
+        )
     seqlen_q, seqlen_k = query.shape[2], key.shape[2]
     if seqlen_q < seqlen_k and context.key_ranges is not None and context.key_ranges.shape[1] == 2:
         begin, end = context.key_ranges[:, 0].unbind(-1)
@@ -191,4 +198,6 @@ def _refuse(
         )
     for name in UNSUPPORTED:
         if kwargs.get(name) is not None:
-            raise NotImplementedError(f"longctx: `{name}` is not supported; use `attn_implementation='eager'`")
+            raise NotImplementedError(
+                f"longctx: `{name}` is not supported; use `attn_implementation='eager'`"
+            )

@@ -65,7 +65,11 @@ def key_ranges_mask(
     causal = allow_is_bidirectional_skip is None
     ends_with_query = isinstance(q_offset, int) and q_offset - kv_offset + q_length == kv_length
     present = None if attention_mask is None else _present_keys(attention_mask, kv_length, kv_offset)
-    if present is not None and not torch.compiler.is_compiling() and _no_padding(present, q_offset, kv_offset, q_length):
+    if (
+        present is not None
+        and not torch.compiler.is_compiling()
+        and _no_padding(present, q_offset, kv_offset, q_length)
+    ):
         present = None
     open_window = mask_function is causal_mask_function or (
         allow_is_causal_skip and local_size is not None and kv_offset == 0 and kv_length <= local_size
@@ -75,7 +79,9 @@ def key_ranges_mask(
 
     rows = torch.arange(q_length, device=device)[None] + q_offset
     own = rows - kv_offset  # each query's own key, for a causal mask
-    begin, end = _intervals(mask_function, batch_size, rows, own.clamp(0, kv_length - 1), kv_length, kv_offset, causal)
+    begin, end = _intervals(
+        mask_function, batch_size, rows, own.clamp(0, kv_length - 1), kv_length, kv_offset, causal
+    )
     first = torch.zeros_like(begin), torch.zeros_like(begin)
     if present is not None and causal:
         begin, first = _cut_causal(begin, own.clamp(0, kv_length - 1), present)

@@ -77,7 +77,9 @@ def remove(model: PreTrainedModel) -> PreTrainedModel:
 
 
 @contextmanager
-def using(model: PreTrainedModel, policy: str | Policy, *, min_seqlen_q: int = 1024) -> Iterator[PreTrainedModel]:
+def using(
+    model: PreTrainedModel, policy: str | Policy, *, min_seqlen_q: int = 1024
+) -> Iterator[PreTrainedModel]:
     """`apply` inside a `with` block; afterwards the model is as it was. Read `stats(model)` inside the block."""
     text_model, layers = _text_model(model), _attention_layers(model)
     if (
@@ -116,7 +118,9 @@ def stats(model: PreTrainedModel) -> Stats:
             layer_idx = getattr(module, "layer_idx", None)
             layers.append(LayerStats.of(name, layer_idx, state.policy.name, state.counts))
     if not layers:
-        raise ValueError("longctx: no policy is applied to this model; call longctx.apply(model, policy) first")
+        raise ValueError(
+            "longctx: no policy is applied to this model; call longctx.apply(model, policy) first"
+        )
     return Stats(tuple(layers))
 
 
