@@ -12,9 +12,9 @@ import sys
 from pathlib import Path
 
 import torch
-from system import memory_at_128k, selection_share, thread_scaling
 
 from longctx.benchmark import run
+from system import memory_at_128k, selection_share, thread_scaling
 
 RESULTS = Path(__file__).parent.parent / "docs" / "results"
 
