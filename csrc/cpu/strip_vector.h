@@ -32,6 +32,11 @@ inline void with_count(int64_t n, const F& f) {
   }
 }
 
+template <class In, class T>
+inline void widen_row(const In* from, int64_t n, T* to) {
+  for (int64_t i = 0; i < n; ++i) to[i] = widen(from[i]);
+}
+
 // T: what is computed in; In: the dtype of q, k, v and out.
 template <class T, class In>
 struct VectorStrip {
@@ -134,7 +139,7 @@ struct VectorStrip {
     }
   }
 
-  static void finish(const StripShape& shape, void* state, const float* sink, int num_rows,
+  static void finish(const StripShape& shape, void* state, const float* sinks, int num_rows,
                      void* const* out_rows, void* lse) {
     const State st(state);
     for (int r = 0; r < num_rows; ++r) {
@@ -145,10 +150,10 @@ struct VectorStrip {
       // The sink joins the denominator; both are taken relative to the larger of the two maxima.
       double scale = 1;
       double denominator = sum;
-      if (sink != nullptr) {
-        const double top = *sink > row_max ? *sink : row_max;
+      if (sinks != nullptr) {
+        const double top = sinks[r] > row_max ? sinks[r] : row_max;
         scale = ::exp(row_max - top);
-        denominator = sum * scale + ::exp(*sink - top);
+        denominator = sum * scale + ::exp(sinks[r] - top);
       }
       const T factor = empty ? T(0) : static_cast<T>(scale / denominator);
       In* out = static_cast<In*>(out_rows[r]);
@@ -208,10 +213,6 @@ struct VectorStrip {
   }
   static const T* v_row(const StripShape& shape, const void* packed, int64_t slot) {
     return static_cast<const T*>(packed) + kChunkKeys * shape.head_dim + slot * shape.head_dim_v;
-  }
-
-  static void widen_row(const In* from, int64_t n, T* to) {
-    for (int64_t i = 0; i < n; ++i) to[i] = widen(from[i]);
   }
 
   // The next kStepTiles tiles that are visible at all; advances `tile` past them.
