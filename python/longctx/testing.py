@@ -10,8 +10,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from longctx import _library  # noqa: F401  (loads the op library)
-
 ISAS = ("generic", "avx2", "avx512", "amx")  # ascending: a level includes all before it
 
 
