@@ -12,3 +12,5 @@ from longctx.integrations.transformers.registration import register
 from longctx.integrations.transformers.stats import LayerStats, Stats
 
 __all__ = ["LayerStats", "Stats", "apply", "register", "remove", "stats", "using"]
+
+register()

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from longctx.integrations.transformers.attention import FORWARD_STATE, STATE, LayerState
-from longctx.integrations.transformers.registration import NAME, register
+from longctx.integrations.transformers.registration import NAME
 from longctx.integrations.transformers.rope import find_rope
 from longctx.integrations.transformers.stats import LayerStats, Stats
 from longctx.prefill import Policy, get_policy
@@ -50,7 +50,6 @@ def apply(model: PreTrainedModel, policy: str | Policy, *, min_seqlen_q: int = 1
 
     previous = text_model.config._attn_implementation
     if previous != NAME:
-        register()
         text_model.set_attn_implementation(NAME)
         if text_model.config._attn_implementation != NAME:  # transformers only logs a refusal
             raise ValueError(
