@@ -2,7 +2,5 @@
 #include "cpu/strip_engine.h"
 
 namespace longctx::cpu {
-const StripEngine& avx2_engine(DType dtype) { return generic_engine(dtype); }
-const StripEngine& avx512_engine(DType dtype) { return generic_engine(dtype); }
-const StripEngine& amx_engine(DType dtype) { return generic_engine(dtype); }
+const StripEngine& amx_engine(DType dtype) { return avx512_engine(dtype); }
 }  // namespace longctx::cpu
