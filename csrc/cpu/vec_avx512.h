@@ -20,7 +20,7 @@ struct Vec;
 template <>
 struct Vec<float> {
   static constexpr int kLanes = 16;
-  static constexpr int kBlockRows = 8;  // register block of the products: rows x vectors
+  static constexpr int kBlockRows = 12;  // register block of the products: rows x vectors
   static constexpr int kBlockVecs = 2;
 
   __m512 v;
