@@ -307,7 +307,7 @@ struct VectorStrip {
       for (int n = 0; n < kRows; ++n) {
         #pragma GCC unroll 16
         for (int j = 0; j < kBlockVecs; ++j) {
-          acc[n][j] = V::load(out_t + n * kStripRows + lane + j * V::kLanes);
+          acc[n][j] = V::broadcast(0);
         }
       }
       const T* p = p_t + lane;
@@ -327,7 +327,8 @@ struct VectorStrip {
       for (int n = 0; n < kRows; ++n) {
         #pragma GCC unroll 16
         for (int j = 0; j < kBlockVecs; ++j) {
-          acc[n][j].store(out_t + n * kStripRows + lane + j * V::kLanes);
+          T* out = out_t + n * kStripRows + lane + j * V::kLanes;
+          (V::load(out) + acc[n][j]).store(out);
         }
       }
     }
@@ -374,13 +375,15 @@ struct VectorStrip {
           (V::load(out) * alpha).store(out);
         }
       }
+      // Summed apart first: one long chain of additions would lose a digit on thousands of keys.
+      V step_sum = V::broadcast(0);
       for (int i = 0; i < count; ++i) {
         T* s = s_t + i * kStripRows + lane;
         const V p = exp(V::load(s) - safe_max);
-        sum = sum + p;
+        step_sum = step_sum + p;
         p.store(s);
       }
-      sum.store(st.row_sum + lane);
+      (sum + step_sum).store(st.row_sum + lane);
     }
   }
 };
