@@ -12,10 +12,10 @@ const std::string kMaskOptions =
     "bool causal=True, float? softmax_scale=None, int window_size_left=-1, "
     "int window_size_right=-1, int num_sink_tokens=0, float softcap=0.0, ";
 const std::string kSequenceOptions =
-    "Tensor? key_ranges=None, Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, "
-    "Tensor? seqused_k=None";
-const std::string kAttentionOptions =
-    kMaskOptions + "Tensor? sinks=None, " + kSequenceOptions + ", Tensor? page_table=None";
+    "Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, Tensor? seqused_k=None";
+const std::string kAttentionOptions = kMaskOptions +
+                                      "Tensor? sinks=None, Tensor? key_ranges=None, " +
+                                      kSequenceOptions + ", Tensor? page_table=None";
 
 void define(torch::stable::detail::StableLibrary& library, const std::string& schema) {
   library.def(schema.c_str());
@@ -28,9 +28,24 @@ STABLE_TORCH_LIBRARY(longctx, m) {
   define(m, "attention(Tensor q, Tensor k, Tensor v, " + kAttentionOptions +
                 ") -> (Tensor, Tensor)");
   define(m,
+         "attention_mass(Tensor q, Tensor k, Tensor lse, Tensor? segment_offsets=None, "
+         "str reduce=\"key\", " +
+             kAttentionOptions + ") -> (Tensor, Tensor)");
+  define(m,
+         "block_scores(Tensor q, Tensor k, int block_size_q=128, int block_size_k=128, "
+         "str method=\"mean\", bool softmax=True, bool causal=True, float? softmax_scale=None, "
+         "int stride=16, int? q_offset=None, " +
+             kSequenceOptions + ") -> Tensor");
+  define(m,
          "block_sparse_attention(Tensor q, Tensor k, Tensor v, Tensor block_indptr, "
          "Tensor block_indices, int block_size_q, int block_size_k, " +
              kAttentionOptions + ") -> (Tensor, Tensor)");
   define(m, "build_info() -> str");
   define(m, "merge_states(Tensor out, Tensor lse, Tensor? lse_override=None) -> (Tensor, Tensor)");
+  define(m,
+         "select_blocks(Tensor scores, str method=\"top_k\", float value=0.0, "
+         "Tensor? head_values=None, str scope=\"row\", int num_first=0, int num_local=0, "
+         "bool causal=True, int block_size_q=128, int block_size_k=128, int q_offset=0, "
+         "int? max_blocks_per_row=None, " +
+             kSequenceOptions + ") -> (Tensor, Tensor)");
 }

@@ -7,6 +7,7 @@
 #include "ops/attention.h"
 #include "ops/block_sparse_attention.h"
 #include "ops/merge_states.h"
+#include "ops/select_blocks.h"
 
 namespace longctx {
 namespace {
@@ -66,4 +67,5 @@ STABLE_TORCH_LIBRARY_IMPL(longctx, CPU, m) {
   m.impl("block_sparse_attention",
          TORCH_BOX(&block_sparse_attention<run_block_sparse_attention_cpu>));
   m.impl("merge_states", TORCH_BOX(&merge_states<run_merge_states_cpu>));
+  m.impl("select_blocks", TORCH_BOX(&select_blocks<run_select_blocks_cpu>));
 }

@@ -32,6 +32,11 @@ inline void with_count(int64_t n, const F& f) {
   }
 }
 
+template <class In, class T>
+inline void widen_row(const In* from, int64_t n, T* to) {
+  for (int64_t i = 0; i < n; ++i) to[i] = widen(from[i]);
+}
+
 // T: what is computed in; In: the dtype of q, k, v and out.
 template <class T, class In>
 struct VectorStrip {
@@ -68,7 +73,7 @@ struct VectorStrip {
     return sizeof(T) * kStripRows * shape.head_dim;
   }
   static int64_t chunk_bytes(const StripShape& shape) {
-    return sizeof(T) * kChunkKeys * (shape.head_dim + shape.head_dim_v);
+    return sizeof(T) * kChunkKeys * (shape.head_dim + value_stride(shape));
   }
   static int64_t state_bytes(const StripShape& shape) {
     return sizeof(T) * kStripRows * (2 + shape.head_dim_v);
@@ -89,7 +94,7 @@ struct VectorStrip {
     }
   }
 
-  // K [num_slots][head_dim], then V [num_slots][head_dim_v].
+  // K [kChunkKeys][head_dim], then V [kChunkKeys][value_stride].
   static void pack_chunk(const StripShape& shape, const KeyChunk& chunk, bool with_values,
                          void* packed) {
     const int64_t num_slots = chunk.num_slots();
@@ -102,7 +107,7 @@ struct VectorStrip {
     T* v = k + kChunkKeys * shape.head_dim;
     for (int64_t slot = 0; slot < num_slots; ++slot) {
       widen_row(static_cast<const In*>(chunk.v_rows[slot]), shape.head_dim_v,
-                v + slot * shape.head_dim_v);
+                v + slot * value_stride(shape));
     }
   }
 
@@ -134,7 +139,7 @@ struct VectorStrip {
     }
   }
 
-  static void finish(const StripShape& shape, void* state, const float* sink, int num_rows,
+  static void finish(const StripShape& shape, void* state, const float* sinks, int num_rows,
                      void* const* out_rows, void* lse) {
     const State st(state);
     for (int r = 0; r < num_rows; ++r) {
@@ -145,10 +150,10 @@ struct VectorStrip {
       // The sink joins the denominator; both are taken relative to the larger of the two maxima.
       double scale = 1;
       double denominator = sum;
-      if (sink != nullptr) {
-        const double top = *sink > row_max ? *sink : row_max;
+      if (sinks != nullptr) {
+        const double top = sinks[r] > row_max ? sinks[r] : row_max;
         scale = ::exp(row_max - top);
-        denominator = sum * scale + ::exp(*sink - top);
+        denominator = sum * scale + ::exp(sinks[r] - top);
       }
       const T factor = empty ? T(0) : static_cast<T>(scale / denominator);
       In* out = static_cast<In*>(out_rows[r]);
@@ -207,11 +212,13 @@ struct VectorStrip {
     return static_cast<const T*>(packed) + slot * shape.head_dim;
   }
   static const T* v_row(const StripShape& shape, const void* packed, int64_t slot) {
-    return static_cast<const T*>(packed) + kChunkKeys * shape.head_dim + slot * shape.head_dim_v;
+    return static_cast<const T*>(packed) + kChunkKeys * shape.head_dim +
+           slot * value_stride(shape);
   }
-
-  static void widen_row(const In* from, int64_t n, T* to) {
-    for (int64_t i = 0; i < n; ++i) to[i] = widen(from[i]);
+  // Values are read down their columns: an odd number of cache lines per row uses every cache set.
+  static int64_t value_stride(const StripShape& shape) {
+    constexpr int64_t kLine = 64 / sizeof(T);
+    return ((shape.head_dim_v + kLine - 1) / kLine | 1) * kLine;
   }
 
   // The next kStepTiles tiles that are visible at all; advances `tile` past them.
@@ -247,24 +254,32 @@ struct VectorStrip {
   }
 
   template <int kRows>
-  static void score_block(const T* const* k_rows, const T* q_t, int64_t head_dim, T* s_t) {
+  __attribute__((noinline)) static void score_block(const T* const* k_rows, const T* q_t, int64_t head_dim, T* s_t) {
     const T* k[kRows];
+    #pragma GCC unroll 16
     for (int n = 0; n < kRows; ++n) k[n] = k_rows[n];
     for (int lane = 0; lane < kStripRows; lane += kBlockLanes) {
       V acc[kRows][kBlockVecs];
+      #pragma GCC unroll 16
       for (int n = 0; n < kRows; ++n) {
+        #pragma GCC unroll 16
         for (int j = 0; j < kBlockVecs; ++j) acc[n][j] = V::broadcast(0);
       }
       const T* q = q_t + lane;
       for (int64_t d = 0; d < head_dim; ++d, q += kStripRows) {
         V x[kBlockVecs];
+        #pragma GCC unroll 16
         for (int j = 0; j < kBlockVecs; ++j) x[j] = V::load(q + j * V::kLanes);
+        #pragma GCC unroll 16
         for (int n = 0; n < kRows; ++n) {
           const V key = V::broadcast(k[n][d]);
+          #pragma GCC unroll 16
           for (int j = 0; j < kBlockVecs; ++j) acc[n][j] = fma(key, x[j], acc[n][j]);
         }
       }
+      #pragma GCC unroll 16
       for (int n = 0; n < kRows; ++n) {
+        #pragma GCC unroll 16
         for (int j = 0; j < kBlockVecs; ++j) {
           acc[n][j].store(s_t + n * kStripRows + lane + j * V::kLanes);
         }
@@ -285,27 +300,35 @@ struct VectorStrip {
   }
 
   template <int kRows>
-  static void value_block(const T* const* v_rows, int count, const T* p_t, int64_t d, T* out_t) {
+  __attribute__((noinline)) static void value_block(const T* const* v_rows, int count, const T* p_t, int64_t d, T* out_t) {
     for (int lane = 0; lane < kStripRows; lane += kBlockLanes) {
       V acc[kRows][kBlockVecs];
+      #pragma GCC unroll 16
       for (int n = 0; n < kRows; ++n) {
+        #pragma GCC unroll 16
         for (int j = 0; j < kBlockVecs; ++j) {
-          acc[n][j] = V::load(out_t + n * kStripRows + lane + j * V::kLanes);
+          acc[n][j] = V::broadcast(0);
         }
       }
       const T* p = p_t + lane;
       for (int i = 0; i < count; ++i, p += kStripRows) {
         V x[kBlockVecs];
+        #pragma GCC unroll 16
         for (int j = 0; j < kBlockVecs; ++j) x[j] = V::load(p + j * V::kLanes);
         const T* v = v_rows[i] + d;
+        #pragma GCC unroll 16
         for (int n = 0; n < kRows; ++n) {
           const V value = V::broadcast(v[n]);
+          #pragma GCC unroll 16
           for (int j = 0; j < kBlockVecs; ++j) acc[n][j] = fma(value, x[j], acc[n][j]);
         }
       }
+      #pragma GCC unroll 16
       for (int n = 0; n < kRows; ++n) {
+        #pragma GCC unroll 16
         for (int j = 0; j < kBlockVecs; ++j) {
-          acc[n][j].store(out_t + n * kStripRows + lane + j * V::kLanes);
+          T* out = out_t + n * kStripRows + lane + j * V::kLanes;
+          (V::load(out) + acc[n][j]).store(out);
         }
       }
     }
@@ -352,13 +375,15 @@ struct VectorStrip {
           (V::load(out) * alpha).store(out);
         }
       }
+      // Summed apart first: one long chain of additions would lose a digit on thousands of keys.
+      V step_sum = V::broadcast(0);
       for (int i = 0; i < count; ++i) {
         T* s = s_t + i * kStripRows + lane;
         const V p = exp(V::load(s) - safe_max);
-        sum = sum + p;
+        step_sum = step_sum + p;
         p.store(s);
       }
-      sum.store(st.row_sum + lane);
+      (sum + step_sum).store(st.row_sum + lane);
     }
   }
 };

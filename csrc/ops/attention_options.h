@@ -52,17 +52,16 @@ void fill_query_key(const Checker& check, const Tensor& q, const Tensor& k, Para
   params.head_dim = q.size(3);
 }
 
-inline SequenceParams sequences(const Checker& check, const Tensor& q, const Tensor& k,
+// `first` is the tensor whose batch the sequences share; the caller sets the lengths of the axes.
+inline SequenceParams sequences(const Checker& check, const char* name, const Tensor& first,
                                 const OptionalTensor& cu_seqlens_q,
                                 const OptionalTensor& cu_seqlens_k,
                                 const OptionalTensor& seqused_k) {
   SequenceParams seqs;
-  seqs.batch = seqs.num_seqs = q.size(0);
-  seqs.seqlen_q = q.size(2);
-  seqs.seqlen_k = k.size(2);
+  seqs.batch = seqs.num_seqs = first.size(0);
   const auto check_lengths = [&](const char* name, const Tensor& tensor, const char* shape,
                                  int64_t size) {
-    check.same_device(name, tensor, q);
+    check.same_device(name, tensor, first);
     check.dtype(name, tensor, ScalarType::Int);
     check.shape(name, tensor, shape, {size});
     check.contiguous(name, tensor);
@@ -70,8 +69,8 @@ inline SequenceParams sequences(const Checker& check, const Tensor& q, const Ten
   if (cu_seqlens_q || cu_seqlens_k) {
     check.require(cu_seqlens_q.has_value(), "cu_seqlens_q", "be given with `cu_seqlens_k`", "None");
     check.require(cu_seqlens_k.has_value(), "cu_seqlens_k", "be given with `cu_seqlens_q`", "None");
-    check.require(q.size(0) == 1, "q", "have batch 1 when sequences are packed",
-                  to_text(q.sizes()));
+    check.require(first.size(0) == 1, name, "have batch 1 when sequences are packed",
+                  to_text(first.sizes()));
     check_lengths("cu_seqlens_q", *cu_seqlens_q, "[num_seqs + 1]", kAnySize);
     check.require(cu_seqlens_q->size(0) > 0, "cu_seqlens_q", "hold at least one offset", "none");
     check_lengths("cu_seqlens_k", *cu_seqlens_k, "[num_seqs + 1]", cu_seqlens_q->size(0));
@@ -79,11 +78,21 @@ inline SequenceParams sequences(const Checker& check, const Tensor& q, const Ten
   }
   if (seqused_k) {
     check.require(!cu_seqlens_q, "seqused_k", "not be combined with packed sequences", "both");
-    check_lengths("seqused_k", *seqused_k, "[batch]", q.size(0));
+    check_lengths("seqused_k", *seqused_k, "[batch]", first.size(0));
   }
   seqs.cu_seqlens_q = data_or_null(cu_seqlens_q);
   seqs.cu_seqlens_k = data_or_null(cu_seqlens_k);
   seqs.seqused_k = data_or_null(seqused_k);
+  return seqs;
+}
+
+inline SequenceParams sequences(const Checker& check, const Tensor& q, const Tensor& k,
+                                const OptionalTensor& cu_seqlens_q,
+                                const OptionalTensor& cu_seqlens_k,
+                                const OptionalTensor& seqused_k) {
+  SequenceParams seqs = sequences(check, "q", q, cu_seqlens_q, cu_seqlens_k, seqused_k);
+  seqs.seqlen_q = q.size(2);
+  seqs.seqlen_k = k.size(2);
   return seqs;
 }
 

@@ -87,7 +87,7 @@ struct MergeStatesParams {
   int64_t dim = 0;
 };
 
-// Softmax probability that the given query rows put on each key, diagonal or segment.
+// Softmax probability that the given query rows put on each key, segment of keys and diagonal.
 struct AttentionMassParams {
   DType dtype = DType::kFloat32;
   SequenceParams seqs;
@@ -95,16 +95,67 @@ struct AttentionMassParams {
   TensorView q;                              // [batch, num_q_heads, seqlen_q, head_dim]
   TensorView k;                              // [batch, num_kv_heads, seqlen_k, head_dim]
   const void* lse = nullptr;                 // [batch, num_q_heads, seqlen_q], contiguous
+  const float* sinks = nullptr;              // [num_q_heads]: a logit that lse does not hold
   const int32_t* segment_offsets = nullptr;  // [num_segments + 1] or null
   int64_t num_segments = 0;
-  bool by_diagonal = false;  // else by key (or by segment)
-  float* mass = nullptr;     // [batch, num_q_heads, num_bins], contiguous
-  int64_t num_bins = 0;
+  float* key_mass = nullptr;       // [batch, num_q_heads, seqlen_k or num_segments], or null
+  float* diagonal_mass = nullptr;  // [batch, num_q_heads, num_diagonals], or null
+  int64_t num_diagonals = 0;       // seqlen_q + seqlen_k - 1
   int64_t num_q_heads = 0;
   int64_t num_kv_heads = 0;
   int64_t head_dim = 0;
   double softmax_scale = 1.0;
   double softcap = 0.0;
+};
+
+// The shape of a map from query blocks (rows) to key blocks (columns); see block_map.h.
+struct BlockMapParams {
+  SequenceParams seqs;
+  int64_t num_q_blocks = 0;
+  int64_t num_k_blocks = 0;
+  int64_t block_size_q = 128;
+  int64_t block_size_k = 128;
+  bool causal = true;
+  bool has_q_offset = false;  // else rows align bottom-right
+  int64_t q_offset = 0;       // key position of the first query row, from seqused_k if given
+};
+
+enum class BlockScoreMethod : int32_t { kMean, kMaxMean, kAntidiagonal };
+
+struct BlockScoresParams {
+  DType dtype = DType::kFloat32;
+  BlockMapParams map;
+  TensorView q;  // [batch, num_q_heads, seqlen_q, head_dim]
+  TensorView k;  // [batch, num_kv_heads, seqlen_k, head_dim]
+  BlockScoreMethod method = BlockScoreMethod::kMean;
+  bool softmax = true;
+  int64_t stride = 16;      // kAntidiagonal: rows per group; divides both block sizes
+  float* scores = nullptr;  // [batch, num_q_heads, num_q_blocks, num_k_blocks], contiguous
+  int64_t num_q_heads = 0;
+  int64_t num_kv_heads = 0;
+  int64_t head_dim = 0;
+  double softmax_scale = 1.0;
+};
+
+enum class SelectMethod : int32_t { kTopK, kCumulative, kThreshold, kRelative };
+
+struct SelectBlocksParams {
+  BlockMapParams map;
+  const float* scores = nullptr;  // [batch, heads, num_q_blocks, num_k_blocks], last dim contiguous
+  int64_t scores_batch_stride = 0;
+  int64_t scores_head_stride = 0;
+  int64_t scores_row_stride = 0;
+  int64_t heads = 0;
+  SelectMethod method = SelectMethod::kTopK;
+  bool per_row = true;                 // else one cut for the whole map of a head and sequence
+  float value = 0.0f;                  // used where head_values is null
+  const float* head_values = nullptr;  // [heads]
+  int64_t num_first = 0;
+  int64_t num_local = 0;
+  int64_t max_blocks_per_row = 0;
+  int64_t* block_indptr = nullptr;   // [batch, heads, num_q_blocks + 1]
+  int32_t* block_indices = nullptr;  // [capacity]
+  int64_t capacity = 0;              // batch * heads * num_q_blocks * max_blocks_per_row
 };
 
 }  // namespace longctx

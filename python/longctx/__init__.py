@@ -24,6 +24,7 @@ _LAZY = {
     "get_policy": "longctx.prefill",
     "info": "longctx._info",
 }
+_LAZY_MODULES = ("benchmark", "integrations", "prefill", "reference", "testing")
 
 __all__ = ["__version__", *_LAZY, *_op_names]
 
@@ -33,4 +34,6 @@ _library.load()
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
         return getattr(importlib.import_module(_LAZY[name]), name)
+    if name in _LAZY_MODULES:
+        return importlib.import_module(f"longctx.{name}")
     raise AttributeError(f"module 'longctx' has no attribute {name!r}")

@@ -7,5 +7,11 @@ _library.load()
 from longctx.ops.attention import attention  # noqa: E402
 from longctx.ops.block_sparse_attention import block_sparse_attention  # noqa: E402
 from longctx.ops.merge_states import merge_states  # noqa: E402
+from longctx.ops.select_blocks import select_blocks  # noqa: E402
 
-__all__ = ["attention", "block_sparse_attention", "merge_states"]
+__all__ = [
+    "attention",
+    "block_sparse_attention",
+    "merge_states",
+    "select_blocks",
+]

@@ -11,15 +11,16 @@ def _require(ok: Tensor | bool, op: str, argument: str, rule: str, got: str) -> 
         raise ValueError(f"longctx::{op}: `{argument}` must {rule}; got {got}")
 
 
-def offsets(op: str, argument: str, cu_seqlens: Tensor | None, total: int) -> None:
-    """`cu_seqlens` starts at 0, never falls and ends at the length of its axis."""
+def offsets(op: str, argument: str, cu_seqlens: Tensor | None, total: int | None) -> None:
+    """`cu_seqlens` starts at 0, never falls and ends at the length of its axis, where that is known."""
     if cu_seqlens is None:
         return
     values = cu_seqlens.tolist()
     _require(values[:1] == [0], op, argument, "start at 0", str(values[:1]))
     falls = [i for i in range(1, len(values)) if values[i] < values[i - 1]]
     _require(not falls, op, argument, "be non-decreasing", f"a smaller value at index {falls[:1]}")
-    _require(values[-1] == total, op, argument, f"end at the length of its axis, {total}", str(values[-1]))
+    if total is not None:
+        _require(values[-1] == total, op, argument, f"end at the length of its axis, {total}", str(values[-1]))
 
 
 def lengths(op: str, argument: str, seqused_k: Tensor | None, seqlen_k: int) -> None:

@@ -7,7 +7,17 @@ returns. Nothing here is shared with the kernels: masks are plain boolean tensor
 from __future__ import annotations
 
 from longctx.reference.attention import attention
+from longctx.reference.attention_mass import attention_mass
+from longctx.reference.block_scores import block_scores
 from longctx.reference.block_sparse_attention import block_sparse_attention
 from longctx.reference.merge_states import merge_states
+from longctx.reference.select_blocks import select_blocks
 
-__all__ = ["attention", "block_sparse_attention", "merge_states"]
+__all__ = [
+    "attention",
+    "attention_mass",
+    "block_scores",
+    "block_sparse_attention",
+    "merge_states",
+    "select_blocks",
+]

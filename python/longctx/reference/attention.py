@@ -57,7 +57,7 @@ def attention(
 ) -> tuple[Tensor, Tensor]:
     """`(out, lse)` with the whole score matrix in memory; see `longctx.attention`."""
     if page_table is not None:
-        raise NotImplementedError("longctx::attention: `page_table` is not supported")
+        raise ValueError("longctx::attention: `page_table` must be None; got a tensor")
     mask = visible_keys(
         q.shape[0],
         q.shape[2],

@@ -32,7 +32,7 @@ def block_sparse_attention(
 ) -> tuple[Tensor, Tensor]:
     """`(out, lse)` over the listed blocks; see `longctx.block_sparse_attention`."""
     if page_table is not None:
-        raise NotImplementedError("longctx::block_sparse_attention: `page_table` is not supported")
+        raise ValueError("longctx::block_sparse_attention: `page_table` must be None; got a tensor")
     listed = listed_keys(
         block_indptr,
         block_indices,

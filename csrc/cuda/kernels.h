@@ -1,0 +1,10 @@
+// Entry points of the CUDA backend, one per op. Params are already checked, outputs are allocated
+// and the tensors' device is current.
+#pragma once
+#include "longctx/params.h"
+
+namespace longctx::cuda {
+
+void run_merge_states_cuda(const MergeStatesParams& params);
+
+}  // namespace longctx::cuda

@@ -1,0 +1,231 @@
+"""What is measured: per op, its inputs, what one would use instead, and the work it has to do."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+import longctx
+from longctx import reference
+from longctx.testing import force_isa
+
+BLOCK = 128
+
+
+@dataclass(frozen=True)
+class Contenders:
+    """Callables on the same inputs; the first one is ours."""
+
+    run: dict[str, Callable[[], object]]
+    flops: float  # of the visited (query, key) pairs, not of the dense square
+    bytes: float  # each input read once, each output written once
+    exact: Callable[[], object] | None = None  # the naive twin, where the peers compute something else
+
+
+@dataclass(frozen=True)
+class Case:
+    """One line of the table. `goals` maps a contender to (minimum, goal) for peer time / our time."""
+
+    name: str
+    op: str
+    length: int
+    dtype: torch.dtype
+    make: Callable[[int, torch.dtype], Contenders]
+    goals: dict[str, tuple[float, float]] = field(default_factory=dict)
+
+    def contenders(self, length: int | None = None) -> Contenders:
+        return self.make(length or self.length, self.dtype)
+
+    def check(self) -> None:
+        """Compares our output with every peer's (or the twin's) at a short length; raises on a difference."""
+        contenders = self.contenders(min(self.length, 4 * BLOCK))
+        run = contenders.run
+        if contenders.exact is not None:
+            run = {"longctx": run["longctx"], "the naive twin": contenders.exact}
+        tolerance = 1e-4 if self.dtype == torch.float32 else 2e-2
+        outputs = {name: _first(fn()).float() for name, fn in run.items()}
+        ours, *peers = outputs
+        for peer in peers:
+            torch.testing.assert_close(
+                outputs[ours],
+                outputs[peer],
+                atol=tolerance,
+                rtol=tolerance,
+                msg=lambda text, peer=peer: f"{self.name}: longctx differs from {peer}: {text}",
+            )
+
+
+def _first(result: object) -> Tensor:
+    return result[0] if isinstance(result, tuple) else result  # type: ignore[return-value]
+
+
+def _qkv(length: int, dtype: torch.dtype, heads: int, kv_heads: int, dim: int) -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(0)
+    return tuple(
+        torch.randn(1, h, length, dim, generator=generator).to(dtype) for h in (heads, kv_heads, kv_heads)
+    )
+
+
+def _attention_work(q: Tensor, k: Tensor, pairs: float) -> tuple[float, float]:
+    """FLOPs and bytes when every query head scores `pairs` (query, key) pairs."""
+    heads, dim = q.shape[1], q.shape[3]
+    return 4.0 * heads * dim * pairs, float(2 * (q.nbytes + k.nbytes))
+
+
+def _dense(length: int, dtype: torch.dtype, *, dim: int, isa: str | None = None) -> Contenders:
+    q, k, v = _qkv(length, dtype, 8, 8, dim)
+
+    def ours() -> object:
+        if isa is None:
+            return longctx.attention(q, k, v)
+        with force_isa(isa):
+            return longctx.attention(q, k, v)
+
+    flops, nbytes = _attention_work(q, k, length * (length + 1) / 2)
+    sdpa = functools.partial(scaled_dot_product_attention, q, k, v, is_causal=True)
+    return Contenders({"longctx": ours, "sdpa": sdpa}, flops, nbytes)
+
+
+def random_block_list(
+    heads: int, num_blocks: int, density: float, seed: int = 0
+) -> tuple[Tensor, Tensor, list[list[list[int]]]]:
+    """A causal list in which every row keeps its diagonal block and `density` of its visible blocks."""
+    generator = torch.Generator().manual_seed(seed)
+    rows: list[list[list[int]]] = []
+    for _ in range(heads):
+        rows.append([])
+        for i in range(num_blocks):
+            kept = max(0, round(density * (i + 1)) - 1)
+            rows[-1].append([*sorted(torch.randperm(i, generator=generator)[:kept].tolist()), i])
+    counts = torch.tensor([[len(row) for row in head] for head in rows])
+    ends = counts.flatten().cumsum(0).view_as(counts)
+    indptr = torch.cat([(ends - counts)[:, :1], ends], dim=1)[None]
+    indices = torch.tensor([block for head in rows for row in head for block in row], dtype=torch.int32)
+    return indptr, indices, rows
+
+
+def _flex(q: Tensor, k: Tensor, v: Tensor, rows: list[list[list[int]]]) -> Callable[[], Tensor]:
+    from torch.nn.attention.flex_attention import BlockMask
+
+    heads, blocks = len(rows), len(rows[0])
+    full_counts = torch.zeros(1, heads, blocks, dtype=torch.int32)
+    full_indices = torch.zeros(1, heads, blocks, blocks, dtype=torch.int32)
+    diagonal_indices = torch.zeros(1, heads, blocks, blocks, dtype=torch.int32)
+    for h, head in enumerate(rows):
+        for i, row in enumerate(head):
+            full_counts[0, h, i] = len(row) - 1
+            full_indices[0, h, i, : len(row) - 1] = torch.tensor(row[:-1], dtype=torch.int32)
+            diagonal_indices[0, h, i, 0] = i
+    block_mask = BlockMask.from_kv_blocks(
+        torch.ones_like(full_counts),
+        diagonal_indices,
+        full_counts,
+        full_indices,
+        BLOCK_SIZE=BLOCK,
+        mask_mod=lambda b, h, q_idx, kv_idx: q_idx >= kv_idx,
+    )
+    return functools.partial(_compiled_flex(), q, k, v, block_mask=block_mask)
+
+
+@functools.cache
+def _compiled_flex() -> Callable[..., Tensor]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention)  # type: ignore[no-any-return]
+
+
+def _sparse(length: int, dtype: torch.dtype, *, kv_heads: int, density: float, masked: bool) -> Contenders:
+    dim = 128
+    q, k, v = _qkv(length, dtype, 8, kv_heads, dim)
+    indptr, indices, rows = random_block_list(kv_heads, length // BLOCK, density)
+    if kv_heads != q.shape[1]:
+        rows = [head for head in rows for _ in range(q.shape[1] // kv_heads)]
+    visited = sum(len(row) - 0.5 for head in rows for row in head) * BLOCK * BLOCK / len(rows)
+    flops, nbytes = _attention_work(q, k, visited)
+    run: dict[str, Callable[[], object]] = {
+        "longctx": lambda: longctx.block_sparse_attention(q, k, v, indptr, indices, BLOCK, BLOCK)
+    }
+    if masked:  # the same pattern: comparable in output
+        run["flex"] = _flex(q, k, v, rows)
+        return Contenders(run, flops, nbytes)
+    # Dense attention: what one would run without the pattern. It gives another result, so ours is
+    # checked against the twin.
+    run["sdpa"] = functools.partial(scaled_dot_product_attention, q, k, v, is_causal=True, enable_gqa=True)
+    twin = functools.partial(reference.block_sparse_attention, q, k, v, indptr, indices, BLOCK, BLOCK)
+    return Contenders(run, flops, nbytes, exact=twin)
+
+
+def _merge(length: int, dtype: torch.dtype) -> Contenders:
+    out = torch.randn(4, 1, 8, length, 128).to(dtype)
+    lse = torch.randn(4, 1, 8, length)
+
+    def torch_merge() -> Tensor:
+        weights = torch.softmax(lse, dim=0).unsqueeze(-1)
+        return (weights * out).sum(0).to(dtype)
+
+    run = {"longctx": lambda: longctx.merge_states(out, lse), "torch": torch_merge}
+    return Contenders(run, 2.0 * out.numel(), out.nbytes * 1.25)
+
+
+def _naive(length: int, dtype: torch.dtype) -> Contenders:
+    q, k, v = _qkv(length, dtype, 8, 8, 128)
+    flops, nbytes = _attention_work(q, k, length * (length + 1) / 2)
+    run = {
+        "longctx": lambda: longctx.attention(q, k, v),
+        "reference": lambda: reference.attention(q, k, v),
+    }
+    return Contenders(run, flops, nbytes)
+
+
+def _partial(make: Callable[..., Contenders], **options: object) -> Callable[..., Contenders]:
+    return functools.partial(make, **options)
+
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+SPARSE = "10% of blocks of 128, D=128"
+
+CASES = [
+    Case("dense causal, D=128", "attention", 8192, BF16, _partial(_dense, dim=128), {"sdpa": (1.8, 3.0)}),
+    Case("dense causal, D=64", "attention", 8192, BF16, _partial(_dense, dim=64), {"sdpa": (2.0, 3.5)}),
+    Case("dense causal, D=128", "attention", 4096, FP32, _partial(_dense, dim=128), {"sdpa": (1.2, 1.8)}),
+    Case("dense causal, D=128", "attention", 4096, FP16, _partial(_dense, dim=128), {"sdpa": (1.5, 3.0)}),
+    Case(
+        "dense causal, D=128, AVX2 forced",
+        "attention",
+        4096,
+        FP32,
+        _partial(_dense, dim=128, isa="avx2"),
+        {"sdpa": (0.6, 1.0)},
+    ),
+    Case("dense causal, D=128", "attention", 1024, FP32, _naive),
+    Case(
+        SPARSE,
+        "block_sparse_attention",
+        8192,
+        BF16,
+        _partial(_sparse, kv_heads=8, density=0.1, masked=True),
+        {"flex": (1.8, 3.0)},
+    ),
+    Case(
+        SPARSE,
+        "block_sparse_attention",
+        8192,
+        BF16,
+        _partial(_sparse, kv_heads=8, density=0.1, masked=False),
+        {"sdpa": (6.0, 15.0)},
+    ),
+    Case(
+        SPARSE + ", GQA 8/2",
+        "block_sparse_attention",
+        8192,
+        BF16,
+        _partial(_sparse, kv_heads=2, density=0.1, masked=False),
+        {"sdpa": (8.0, 20.0)},
+    ),
+    Case("4 states, 8 heads, D=128", "merge_states", 8192, BF16, _merge),
+]

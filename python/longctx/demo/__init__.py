@@ -1,0 +1,1 @@
+"""`longctx demo`: a long prompt through a real model on our kernels, every policy beside dense attention and SDPA."""

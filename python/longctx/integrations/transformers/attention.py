@@ -1,0 +1,203 @@
+"""The registered attention function: one call of a layer, by its policy or dense."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from longctx.integrations.transformers.mask import is_key_ranges
+from longctx.integrations.transformers.rope import Rope, key_positions
+from longctx.integrations.transformers.stats import LayerCounts
+from longctx.ops import attention
+from longctx.prefill import AttentionContext, Dense, Policy
+
+# Where a layer keeps its state. A plain attribute survives deepcopy and torch.compile, and is not saved.
+STATE = "_longctx"
+# The state its last forward in training used: backward re-runs a checkpointed layer, perhaps after `using` ended.
+FORWARD_STATE = "_longctx_forward"
+# Arguments that some models give their attention function and that would change its result.
+UNSUPPORTED = ("position_bias", "sinks", "head_mask", "indices", "block_indices")
+
+
+@dataclass(eq=False)
+class LayerState:
+    """What `apply` leaves on an attention module."""
+
+    policy: Policy
+    min_seqlen_q: int
+    rope: Rope | None
+    counts: LayerCounts = field(default_factory=LayerCounts)
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    is_causal: bool | None = None,
+    position_ids: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention of one layer, in the signature of transformers' `AttentionInterface`.
+
+    Args:
+        query: `[batch, num_q_heads, seqlen_q, head_dim]`; key and value are what the cache returned, with
+            `num_kv_heads` heads.
+        attention_mask: `key_ranges` of the registered mask function, or None for plain causal attention.
+        sliding_window: already part of `attention_mask` where that is given.
+        s_aux: one more logit a head, without a value (gpt-oss).
+
+    Returns:
+        out `[batch, seqlen_q, num_q_heads, head_dim_v]`, and no attention weights.
+    """
+    _refuse(module, query.shape[2], attention_mask, dropout, kwargs)
+    if is_causal is None:
+        is_causal = getattr(module, "is_causal", True) and getattr(module.config, "is_causal", True)
+    context = AttentionContext(
+        **_predicate(attention_mask, is_causal, sliding_window),
+        softmax_scale=scaling,
+        softcap=softcap or 0.0,
+        sinks=None if s_aux is None else s_aux.float(),
+        layer_idx=getattr(module, "layer_idx", None),
+    )
+    state, counts = _state(module)
+    why_dense = _why_dense(state, is_causal, query.shape[2])
+    if state is None or why_dense:
+        out = _dense(query, key, value, context)
+        if counts is not None:
+            counts.add_dense(why_dense)
+    else:
+        if state.rope is not None:
+            context = _with_rope(context, state.rope, position_ids, query, key)
+        out = _sparse(state.policy, query, key, value, context, counts)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _predicate(key_ranges: Tensor | None, is_causal: bool, sliding_window: int | None) -> dict[str, Any]:
+    """What dense attention of this layer sees, as fields of an `AttentionContext`."""
+    if key_ranges is not None:
+        # Two ranges a row: K may reach beyond the last query, whose last range tells where it stands.
+        seqused_k = key_ranges[:, -1, -1, 1].contiguous() if is_causal and key_ranges.shape[1] == 2 else None
+        return {"causal": is_causal, "key_ranges": key_ranges, "seqused_k": seqused_k}
+    if sliding_window is None:
+        return {"causal": is_causal}
+    if not is_causal:
+        raise NotImplementedError(
+            "longctx: a bidirectional layer with `sliding_window` needs the mask that transformers builds for it; "
+            "got attention_mask=None"
+        )
+    return {"causal": True, "window_size_left": sliding_window - 1}
+
+
+def _state(module: nn.Module) -> tuple[LayerState | None, LayerCounts | None]:
+    """The layer's state, and the tally to write to (none for calls that must not be counted)."""
+    state: LayerState | None = getattr(module, STATE, None)
+    if torch.compiler.is_compiling():
+        return state, None
+    if torch._C._current_graph_task_id() != -1:  # inside backward: a checkpointed layer is recomputed
+        return getattr(module, FORWARD_STATE, state), None
+    if module.training:
+        setattr(module, FORWARD_STATE, state)
+    return state, None if state is None else state.counts
+
+
+def _why_dense(state: LayerState | None, is_causal: bool, seqlen_q: int) -> str:
+    """Why this call does not go through a policy; empty if it does."""
+    if state is None:
+        return "no policy"
+    if isinstance(state.policy, Dense):
+        return "policy"
+    if not is_causal:
+        return "not causal"
+    return f"seqlen_q < {state.min_seqlen_q}" if seqlen_q < state.min_seqlen_q else ""
+
+
+def _dense(query: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> Tensor:
+    options = context.options()
+    if context.key_ranges is not None:
+        options.update(causal=False, seqused_k=None)  # the ranges already end where they must
+    return attention(query, key, value, **options)[0]
+
+
+def _sparse(
+    policy: Policy,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    context: AttentionContext,
+    counts: LayerCounts | None,
+) -> Tensor:
+    pattern = policy.select(query, key, context)
+    if type(policy).attend is Policy.attend:
+        out, _ = pattern.attend(query, key, value, context)
+    else:
+        out, _ = policy.attend(query, key, value, context)
+    if counts is not None:
+        counts.add_sparse(policy.name, pattern.density())
+    return out
+
+
+def _with_rope(
+    context: AttentionContext, rope: Rope, position_ids: Tensor | None, query: Tensor, key: Tensor
+) -> AttentionContext:
+    """`context` with the rotary embedding and the position of every key."""
+    if position_ids is None:
+        raise NotImplementedError(
+            "longctx: a policy that needs RoPE needs `position_ids`, which this model does not pass"
+        )
+    seqlen_q, seqlen_k = query.shape[2], key.shape[2]
+    if seqlen_q < seqlen_k and context.key_ranges is not None and context.key_ranges.shape[1] == 2:
+        begin, end = context.key_ranges[:, 0].unbind(-1)
+        if torch.compiler.is_compiling() or bool((begin < end).any()):
+            raise NotImplementedError(
+                "longctx: a policy that needs RoPE cannot tell the positions of cached keys before a gap of padding; "
+                "pad the first turn on the left, or use another policy"
+            )
+    positions = key_positions(position_ids, query.shape[0], seqlen_k, context.seqused_k)
+    return dataclasses.replace(context, rope=rope, positions=positions)
+
+
+def _refuse(
+    module: nn.Module, seqlen_q: int, attention_mask: Tensor | None, dropout: float, kwargs: dict[str, Any]
+) -> None:
+    """Raises on everything this function would otherwise silently ignore."""
+    if kwargs.get("cache") is not None:
+        raise NotImplementedError(
+            "longctx: paged caches (continuous batching) are not supported; use `model.generate`, or "
+            "`attn_implementation='sdpa'` for continuous batching"
+        )
+    if attention_mask is not None and not is_key_ranges(attention_mask, seqlen_q):
+        raise NotImplementedError(
+            "longctx: prepared masks are not supported; pass a 2-D `attention_mask` [batch, seqlen], or "
+            f"`position_ids` that restart at every document; got {attention_mask.dtype} {list(attention_mask.shape)}"
+        )
+    if kwargs.get("output_attentions") or getattr(module.config, "output_attentions", False):
+        raise NotImplementedError(
+            "longctx: `output_attentions=True` is not supported, the weights never exist; use "
+            "`attn_implementation='eager'`"
+        )
+    if dropout > 0.0:
+        raise NotImplementedError(
+            f"longctx: attention dropout is not supported; set `attention_dropout = 0.0` in the config; got {dropout}"
+        )
+    cu_seqlens = kwargs.get("cu_seq_lens_q")
+    if cu_seqlens is not None and cu_seqlens.numel() > 2 and attention_mask is None:
+        raise NotImplementedError(
+            "longctx: `cu_seq_lens_q` alone does not separate documents; pass `position_ids` that restart at each, "
+            "without `attention_mask` and cache"
+        )
+    for name in UNSUPPORTED:
+        if kwargs.get(name) is not None:
+            raise NotImplementedError(
+                f"longctx: `{name}` is not supported; use `attn_implementation='eager'`"
+            )

@@ -1,0 +1,1 @@
+"""Models that longctx brings itself."""

@@ -1,0 +1,262 @@
+"""One entry an op: valid calls by argument name, and what is illegal about its arguments.
+
+The tests that hold for every op (conventions, bad input, opcheck, compile) loop over `CASES`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import longctx
+import longctx.reference
+from longctx.testing import block_list
+
+Call = dict[str, Any]
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+INT32_MAX = 2**31 - 1
+INT64_MAX = 2**63 - 1
+
+
+@dataclass(frozen=True)
+class Invalid:
+    """A call that only `validate=True` rejects: `argument` takes `value`, and the error names it."""
+
+    variant: str
+    argument: str
+    value: Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpCase:
+    """What the shared tests know about one op."""
+
+    name: str
+    calls: Mapping[str, Callable[[torch.dtype], Call]]  # variant -> valid call
+    illegal: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)  # option -> values that raise
+    extreme: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)  # option -> odd, legal values
+    legal_sizes: frozenset[str] = frozenset()  # changed sizes (see resized) that make a valid call
+    invalid: Mapping[str, Invalid] = field(default_factory=dict)  # why -> call
+    differentiable: tuple[str, ...] = ()  # arguments that take a gradient
+    any_strides: frozenset[str] = frozenset()  # arguments that need no contiguous last dim
+    dtypes: tuple[torch.dtype, ...] = DTYPES
+
+    @property
+    def op(self) -> Callable[..., Any]:
+        return getattr(longctx, self.name)  # type: ignore[no-any-return]
+
+    @property
+    def twin(self) -> Callable[..., Any]:
+        return getattr(longctx.reference, self.name)  # type: ignore[no-any-return]
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def randn(*shape: int, dtype: torch.dtype = torch.float32, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=generator(seed), dtype=torch.float64).to(dtype)
+
+
+def int32(*values: Any) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def qkv(
+    dtype: torch.dtype,
+    *,
+    batch: int = 2,
+    num_q_heads: int = 4,
+    num_kv_heads: int = 2,
+    seqlen_q: int = 37,
+    seqlen_k: int = 75,
+    head_dim: int = 16,
+    head_dim_v: int | None = None,
+    seed: int = 0,
+) -> Call:
+    head_dim_v = head_dim if head_dim_v is None else head_dim_v
+    return {
+        "q": randn(batch, num_q_heads, seqlen_q, head_dim, dtype=dtype, seed=seed),
+        "k": randn(batch, num_kv_heads, seqlen_k, head_dim, dtype=dtype, seed=seed + 1),
+        "v": randn(batch, num_kv_heads, seqlen_k, head_dim_v, dtype=dtype, seed=seed + 2),
+    }
+
+
+def random_ranges(batch: int, num_ranges: int, seqlen_q: int, seqlen_k: int, *, seed: int) -> Tensor:
+    """`key_ranges` of which about half are reversed or empty."""
+    shape = (batch, num_ranges, seqlen_q, 2)
+    return torch.randint(0, seqlen_k + 1, shape, generator=generator(seed), dtype=torch.int32)
+
+
+def random_blocks(
+    call: Call,
+    *,
+    block_size_q: int,
+    block_size_k: int,
+    pattern_heads: int = 1,
+    pattern_batch: int = 1,
+    density: float = 0.4,
+    seed: int = 0,
+) -> Call:
+    """`call` with a random block list over its axes: some rows empty, a tail of -1."""
+    rows = -(-call["q"].shape[2] // block_size_q)
+    columns = -(-call["k"].shape[2] // block_size_k)
+    own = torch.ones(rows, columns, dtype=torch.bool)
+    if "cu_seqlens_q" in call:
+        # Each sequence owns the next rows; the bound on their number needs no lengths on the host.
+        own = torch.zeros(rows + len(call["cu_seqlens_q"]) - 1, columns, dtype=torch.bool)
+        row = 0
+        for length_q, length_k in zip(
+            call["cu_seqlens_q"].diff().tolist(), call["cu_seqlens_k"].diff().tolist(), strict=True
+        ):
+            own[row : row + -(-length_q // block_size_q), : -(-length_k // block_size_k)] = True
+            row += -(-length_q // block_size_q)
+    mask = own & (torch.rand(pattern_batch, pattern_heads, *own.shape, generator=generator(seed)) < density)
+    mask[:, :, 1::5] = False
+    block_indptr, block_indices = block_list(mask, spare=3)
+    return call | {
+        "block_indptr": block_indptr,
+        "block_indices": block_indices,
+        "block_size_q": block_size_q,
+        "block_size_k": block_size_k,
+    }
+
+
+def plain(dtype: torch.dtype) -> Call:
+    return qkv(dtype, head_dim_v=24)
+
+
+def all_options(dtype: torch.dtype) -> Call:
+    """A static cache under every part of the predicate at once."""
+    return qkv(dtype, num_q_heads=6, num_kv_heads=3, head_dim_v=24, seed=3) | {
+        "causal": True,
+        "softmax_scale": 0.3,
+        "window_size_left": 20,
+        "window_size_right": 4,
+        "num_sink_tokens": 2,
+        "softcap": 3.0,
+        "sinks": randn(6, seed=4),
+        "key_ranges": random_ranges(2, 2, 37, 75, seed=5),
+        "seqused_k": int32(75, 41),
+    }
+
+
+def packed(dtype: torch.dtype) -> Call:
+    """Packed sequences, some without queries, without keys, or without both."""
+    return qkv(dtype, batch=1, seqlen_q=50, seqlen_k=70, head_dim_v=24, seed=6) | {
+        "cu_seqlens_q": int32(0, 0, 17, 22, 22, 45, 50),
+        "cu_seqlens_k": int32(0, 4, 34, 37, 37, 70, 70),
+    }
+
+
+def with_blocks(call: Callable[[torch.dtype], Call], **blocks: Any) -> Callable[[torch.dtype], Call]:
+    return lambda dtype: random_blocks(call(dtype), **blocks)
+
+
+def states(dtype: torch.dtype) -> Call:
+    lse = randn(3, 2, 4, 19, dtype=torch.promote_types(dtype, torch.float32), seed=8)
+    lse[0, 0, :, ::4] = -torch.inf
+    lse[:, 1, :, 5] = -torch.inf
+    return {"out": randn(3, 2, 4, 19, 24, dtype=dtype, seed=7), "lse": lse}
+
+
+def overridden_states(dtype: torch.dtype) -> Call:
+    call = states(dtype)
+    return call | {"lse_override": call["lse"].roll(1, dims=0)}
+
+
+ILLEGAL_OPTIONS = {
+    "softmax_scale": (float("nan"), float("inf")),
+    "window_size_left": (-2, -INT64_MAX),
+    "window_size_right": (-2, -INT64_MAX),
+    "num_sink_tokens": (-1, -INT64_MAX),
+    "softcap": (float("nan"), float("inf"), -1.0),
+}
+EXTREME_OPTIONS = {
+    "softmax_scale": (0.0, -1.0),
+    "window_size_left": (INT32_MAX, INT64_MAX),
+    "window_size_right": (INT32_MAX, INT64_MAX),
+    "num_sink_tokens": (INT32_MAX, INT64_MAX),
+    "softcap": (1e30,),
+}
+INVALID_SEQUENCES = {
+    "seqused_k past the keys": Invalid("all_options", "seqused_k", int32(75, 76)),
+    "seqused_k negative": Invalid("all_options", "seqused_k", int32(-1, 75)),
+    "cu_seqlens_q falls": Invalid("packed", "cu_seqlens_q", int32(0, 17, 0, 22, 22, 45, 50)),
+    "cu_seqlens_q past the rows": Invalid("packed", "cu_seqlens_q", int32(0, 0, 17, 22, 22, 45, 51)),
+    "cu_seqlens_q ends early": Invalid("packed", "cu_seqlens_q", int32(0, 0, 17, 22, 22, 45, 49)),
+    "cu_seqlens_k negative": Invalid("packed", "cu_seqlens_k", int32(-1, 4, 34, 37, 37, 70, 70)),
+    "cu_seqlens_k falls": Invalid("packed", "cu_seqlens_k", int32(0, 4, 34, 30, 37, 70, 70)),
+    "key_ranges negative": Invalid(
+        "all_options", "key_ranges", torch.full((2, 2, 37, 2), -1).int() + int32(0, 3)
+    ),
+    "key_ranges past the keys": Invalid(
+        "all_options", "key_ranges", torch.full((2, 1, 37, 2), 75).int() + int32(0, 1)
+    ),
+}
+BLOCKS_ALL_OPTIONS = with_blocks(
+    all_options, block_size_q=16, block_size_k=8, pattern_heads=3, pattern_batch=2
+)
+
+
+def edited(argument: str, index: tuple[int, ...], value: int) -> Invalid:
+    """The block list of the all_options call with one element of `argument` replaced."""
+    tensor = BLOCKS_ALL_OPTIONS(torch.float32)[argument].clone()
+    tensor[index] = value
+    return Invalid("all_options", argument, tensor)
+
+
+INVALID_BLOCKS = {
+    "block_indices not ascending": edited("block_indices", (0,), 9),
+    "block_indices negative": edited("block_indices", (0,), -1),
+    "block_indices past the keys": edited("block_indices", (0,), 10),
+    "block_indices twice": edited(
+        "block_indices", (1,), int(BLOCKS_ALL_OPTIONS(torch.float32)["block_indices"][0])
+    ),
+    "block_indptr falls": edited("block_indptr", (0, 0, 1), 10_000),
+    "block_indptr negative": edited("block_indptr", (0, 0, 0), -1),
+    "block_indptr past the capacity": edited("block_indptr", (1, 2, 3), 10_000),
+}
+
+CASES = {
+    case.name: case
+    for case in (
+        OpCase(
+            name="merge_states",
+            calls={"plain": states, "override": overridden_states},
+            legal_sizes=frozenset({"out.size(4)+1", "out.size(4)=0"}),
+            differentiable=("out", "lse"),
+            any_strides=frozenset({"out", "lse", "lse_override"}),
+        ),
+        OpCase(
+            name="attention",
+            calls={"plain": plain, "all_options": all_options, "packed": packed},
+            illegal=ILLEGAL_OPTIONS,
+            extreme=EXTREME_OPTIONS,
+            legal_sizes=frozenset({"v.size(3)+1"}),
+            invalid=INVALID_SEQUENCES,
+            differentiable=("q", "k", "v"),
+        ),
+        OpCase(
+            name="block_sparse_attention",
+            calls={
+                "plain": with_blocks(plain, block_size_q=16, block_size_k=32),
+                "all_options": BLOCKS_ALL_OPTIONS,
+                "packed": with_blocks(packed, block_size_q=16, block_size_k=8, pattern_heads=4),
+            },
+            illegal=ILLEGAL_OPTIONS
+            | {
+                "block_size_q": (0, -16, 1, 8, 24, 256, 2**31, INT64_MAX),
+                "block_size_k": (0, -16, 2, 24, 256, 2**31, INT64_MAX),
+            },
+            extreme=EXTREME_OPTIONS,
+            legal_sizes=frozenset({"v.size(3)+1", "block_indices.size(0)+1", "block_indices.size(0)=0"}),
+            invalid=INVALID_SEQUENCES | INVALID_BLOCKS,
+            differentiable=("q", "k", "v"),
+        ),
+    )
+}

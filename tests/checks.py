@@ -1,0 +1,128 @@
+"""Compares an op with its float64 twin under the accuracy rule, and records that it did."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import support_matrix
+from cases import CASES, Call
+from longctx.reference._mask import listed_keys, visible_keys
+from longctx.testing import active_isa, error_ratio
+
+SEQUENCE_OPTIONS = ("cu_seqlens_q", "cu_seqlens_k", "seqused_k")
+MASK_OPTIONS = (
+    "causal", "window_size_left", "window_size_right", "num_sink_tokens", "key_ranges", *SEQUENCE_OPTIONS,
+)  # fmt: skip
+BLOCK_OPTIONS = ("block_indptr", "block_indices", "block_size_q", "block_size_k")
+
+
+def pick(call: Call, names: tuple[str, ...]) -> Call:
+    return {name: call[name] for name in names if name in call}
+
+
+def in_float64(call: Call) -> Call:
+    """The same call with its floating-point inputs, `sinks` apart, in float64."""
+    return {
+        name: value.double()
+        if isinstance(value, Tensor) and value.is_floating_point() and name != "sinks"
+        else value
+        for name, value in call.items()
+    }
+
+
+def mask_of(call: Call) -> Tensor:
+    """bool [batch, num_q_heads or 1, seqlen_q, seqlen_k]: the keys that each row of an attention call sees."""
+    q, k = call["q"], call["k"]
+    sizes = {"batch": q.shape[0], "seqlen_q": q.shape[2], "seqlen_k": k.shape[2]}
+    mask = visible_keys(**sizes, **({"causal": True} | pick(call, MASK_OPTIONS)))[:, None]
+    if "block_indptr" in call:
+        mask = mask & listed_keys(
+            **pick(call, BLOCK_OPTIONS), **sizes, num_q_heads=q.shape[1], **pick(call, SEQUENCE_OPTIONS)
+        )
+    return mask
+
+
+def peer_attention(call: Call, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """PyTorch in the same dtype: SDPA where it has the options, masked math where not."""
+    q = call["q"]
+    group_size = q.shape[1] // call["k"].shape[1]
+    k, v = (call[name].nan_to_num().repeat_interleave(group_size, dim=1) for name in ("k", "v"))
+    scale = q.shape[3] ** -0.5 if call.get("softmax_scale") is None else call["softmax_scale"]
+    softcap, sinks = call.get("softcap", 0.0), call.get("sinks")
+    mask = mask.expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+    sees_none = ~mask.any(dim=-1)
+
+    def logits(queries: Tensor, keys: Tensor) -> Tensor:
+        scores = scale * (queries @ keys.transpose(2, 3))
+        scores = softcap * torch.tanh(scores / softcap) if softcap > 0.0 else scores
+        return scores.masked_fill(~mask, -torch.inf)
+
+    wide = torch.promote_types(q.dtype, torch.float32)
+    lse = torch.logsumexp(logits(q.to(wide), k.to(wide)), dim=-1)
+    if softcap > 0.0 or sinks is not None:
+        scores = logits(q, k)
+        if sinks is not None:
+            column = sinks.to(q.dtype)[None, :, None, None].expand(*scores.shape[:3], 1)
+            scores = torch.cat([scores, column], dim=-1)
+        out = torch.softmax(scores, dim=-1)[..., : k.shape[2]] @ v
+    else:
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask | sees_none[..., None], scale=scale)
+    return out.masked_fill(sees_none[..., None], 0.0), lse
+
+
+def extended_attention(call: Call, mask: Tensor) -> tuple[Tensor, ...]:
+    """What float64 leaves of `(out, lse)`: the difference of the formula in extended precision and the twin.
+
+    The error of a float64 op is as small as that of its float64 twin, so the twin alone cannot judge it.
+    """
+    q, k, v = (call[name].nan_to_num().numpy().astype(np.longdouble) for name in ("q", "k", "v"))
+    group_size = q.shape[1] // k.shape[1]
+    k, v = k.repeat(group_size, axis=1), v.repeat(group_size, axis=1)
+    scale = q.shape[3] ** -0.5 if call.get("softmax_scale") is None else call["softmax_scale"]
+    scores = scale * (q @ k.swapaxes(2, 3))
+    if call.get("softcap", 0.0) > 0.0:
+        scores = call["softcap"] * np.tanh(scores / call["softcap"])
+    top = scores.max(axis=-1, keepdims=True, initial=-np.inf, where=mask.numpy())
+    top = np.where(np.isfinite(top), top, 0)
+    weights = np.where(mask.numpy(), np.exp(scores - top), 0)
+    mass = weights.sum(axis=-1, keepdims=True)
+    total = mass
+    if call.get("sinks") is not None:
+        total = mass + np.exp(call["sinks"].numpy().astype(np.longdouble)[:, None, None] - top)
+    with np.errstate(divide="ignore"):
+        lse = (np.log(mass) + top)[..., 0]
+    return weights @ v / np.where(total > 0, total, 1), lse
+
+
+def check_attention(op: str, call: Call, **keywords: Any) -> tuple[Tensor, Tensor]:
+    """Runs an attention op on `call`, compares `out` and `lse` with the twin, and returns them."""
+    case = CASES[op]
+    out, lse = case.op(**call, **keywords)
+    exact_out, exact_lse = case.twin(**in_float64(call))
+    assert out.dtype == call["q"].dtype
+    assert lse.dtype == torch.promote_types(out.dtype, torch.float32)
+    mask = mask_of(call)
+    peer_out, peer_lse = peer_attention(call, mask)
+    assert_accurate("out", out, exact_out, peer_out)
+
+    empty = torch.isneginf(exact_lse)
+    assert torch.equal(torch.isneginf(lse), empty), "lse is -inf exactly where a row sees no key"
+    assert not out[empty].any(), "a row that sees no key gives 0"
+    assert_accurate("lse", lse[~empty], exact_lse[~empty], peer_lse[~empty])
+    record(op, out.dtype, call["q"].shape[3])
+    return out, lse
+
+
+def assert_accurate(name: str, actual: Tensor, exact: Tensor, peer: Tensor) -> None:
+    ratio = error_ratio(actual, exact, peer)
+    assert ratio <= 1.0, f"the error of {name} is {ratio:.2f} times what the accuracy rule allows"
+
+
+def record(op: str, dtype: torch.dtype, head_dim: int = 0) -> None:
+    name = str(dtype).removeprefix("torch.")
+    support_matrix.record(support_matrix.Entry(op, "cpu", name, "forward", active_isa(), head_dim))

@@ -1,0 +1,35 @@
+"""docs/support_matrix.md claims nothing that a full run does not compare."""
+
+from __future__ import annotations
+
+import pytest
+
+import support_matrix
+from conftest import is_full_run
+from longctx.testing import ISAS, available_isas
+from support_matrix import Entry
+
+
+def test_table_round_trip() -> None:
+    entries = frozenset(
+        Entry(op, "cpu", "float32", "forward", isa, dim)
+        for op, dims in (("attention", (1, 64, 300)), ("merge_states", (0,)))
+        for isa in ISAS
+        for dim in dims
+    ) | {Entry("attention", "cpu", "float32", "forward", "amx", 80)}
+    assert support_matrix.parse(support_matrix.render(entries)) == entries
+
+
+def test_committed_table_claims_only_what_ran(request: pytest.FixtureRequest) -> None:
+    if not is_full_run(request.session):
+        pytest.skip("only a full run can tell")
+    if request.config.getoption("--write-support-matrix"):
+        pytest.skip("the table is about to be written")
+    claimed = {
+        entry
+        for entry in support_matrix.parse(support_matrix.PATH.read_text())
+        if entry.isa in available_isas()
+    }
+    assert claimed, "the committed table is empty"
+    not_run = claimed - support_matrix.ran()
+    assert not not_run, f"claimed but not run: {sorted(not_run)}"
