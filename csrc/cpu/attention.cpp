@@ -37,10 +37,11 @@ struct Problem {
   const AttentionParams& params;
   const BlockList* blocks;  // null: dense
   const StripEngine& engine;
-  StripShape shape;
+  const StripShape& shape;
   int64_t block_rows = 0;      // query rows of an item
   int64_t heads_per_item = 1;  // query heads of an item; divides the group
-  std::vector<Item> items;     // heavy ones first
+  int64_t num_threads = 1;
+  std::vector<Item> items;  // heavy ones first
 
   int64_t strips() const { return ceil_div(block_rows * heads_per_item, kStripRows); }
   char* element(const TensorView& view, int64_t batch, int64_t head, int64_t row) const {
@@ -139,37 +140,31 @@ class Worker {
     states_ = base + states;
     packed_ = base + packed;
     masks_ = reinterpret_cast<StripMask*>(base + masks);
-    chunks_ = reinterpret_cast<KeyChunk*>(base + chunks);
+    chunk_ = reinterpret_cast<KeyChunk*>(base + chunks);
+    next_ = chunk_ + 1;
     std::uninitialized_default_construct_n(masks_, strips);
-    std::uninitialized_default_construct_n(chunks_, 2);
+    std::uninitialized_default_construct_n(chunk_, 2);
     engine_.begin_thread();
   }
   ~Worker() { engine_.end_thread(); }
   Worker(const Worker&) = delete;
   Worker& operator=(const Worker&) = delete;
 
-  void run(const Item& item) {
-    start(item);
-    const AttentionParams& p = problem_.params;
-    visible_union(p.mask, seq_, row_begin_, row_begin_ + num_rows_, visible_);
-    const KeyRuns runs =
-        problem_.blocks == nullptr
-            ? KeyRuns(visible_, seq_.k_len)
-            : KeyRuns(visible_, seq_.k_len,
-                      block_row(*problem_.blocks, seq_.batch_index,
-                                pattern_head(*problem_.blocks, item.first_head, p.num_q_heads),
-                                item.list_row),
-                      problem_.blocks->block_size_k);
-    const int64_t kv_head = item.first_head * p.num_kv_heads / p.num_q_heads;
-    const KeyRows rows{problem_.element(p.k, seq_.batch_index, kv_head, seq_.k_begin),
-                       problem_.element(p.v, seq_.batch_index, kv_head, seq_.k_begin),
-                       p.k.seq_stride, p.v.seq_stride, element_size(p.dtype)};
-    ChunkSource source(runs, rows);
-    KeyChunk* chunk = &chunks_[0];
-    KeyChunk* next = &chunks_[1];
-    for (bool more = source.next(chunk); more; std::swap(chunk, next)) {
-      more = source.next(next);
-      visit(*chunk, more ? next : nullptr);
+  // Items come in ascending order: the one `num_threads` further on is probably this thread's next,
+  // so that its first keys can be prefetched while this one computes.
+  void run(int64_t index) {
+    if (upcoming_.index != index) {
+      open(index);
+      std::swap(chunk_, next_);
+    }
+    std::swap(current_, upcoming_);
+    upcoming_.index = -1;
+    start(problem_.items[index]);
+    for (bool more = current_.any; more; std::swap(chunk_, next_)) {
+      more = current_.source.next(next_);
+      bool next_known = more;
+      if (!more) next_known = open(index + problem_.num_threads);
+      visit(*chunk_, next_known ? next_ : nullptr);
     }
     write_out();
   }
@@ -184,6 +179,42 @@ class Worker {
   int64_t row_of(int64_t pair) const { return row_begin_ + pair % num_rows_; }
   int lanes(int64_t strip) const {
     return static_cast<int>(std::min<int64_t>(kStripRows, num_pairs_ - strip * kStripRows));
+  }
+
+  // The keys of an item.
+  struct Visit {
+    int64_t index = -1;
+    bool any = false;
+    std::vector<Interval> visible;
+    ChunkSource source;
+  };
+
+  // Makes item `index` the upcoming one and fills `next_` with its first keys; false if it has
+  // none.
+  bool open(int64_t index) {
+    upcoming_.any = false;
+    if (index >= static_cast<int64_t>(problem_.items.size())) return false;
+    const AttentionParams& p = problem_.params;
+    const Item& item = problem_.items[index];
+    const Sequence seq = sequence_at(p.seqs, item.sequence);
+    const int64_t row_begin = item.q_block * problem_.block_rows;
+    const int64_t row_end = std::min(row_begin + problem_.block_rows, seq.q_len);
+    const int64_t kv_head = item.first_head * p.num_kv_heads / p.num_q_heads;
+    const KeyRows rows{problem_.element(p.k, seq.batch_index, kv_head, seq.k_begin),
+                       problem_.element(p.v, seq.batch_index, kv_head, seq.k_begin), p.k.seq_stride,
+                       p.v.seq_stride, element_size(p.dtype)};
+    visible_union(p.mask, seq, row_begin, row_end, upcoming_.visible);
+    KeyRuns runs(upcoming_.visible, seq.k_len);
+    if (problem_.blocks != nullptr) {
+      const int64_t head = pattern_head(*problem_.blocks, item.first_head, p.num_q_heads);
+      runs = KeyRuns(upcoming_.visible, seq.k_len,
+                     block_row(*problem_.blocks, seq.batch_index, head, item.list_row),
+                     problem_.blocks->block_size_k);
+    }
+    upcoming_.index = index;
+    upcoming_.source = ChunkSource(runs, rows);
+    upcoming_.any = upcoming_.source.next(next_);
+    return upcoming_.any;
   }
 
   void start(const Item& item) {
@@ -249,9 +280,9 @@ class Worker {
   int64_t query_stride_, state_stride_;
   char *queries_, *states_, *packed_;
   StripMask* masks_;
-  KeyChunk* chunks_;
+  KeyChunk *chunk_, *next_;
   ChunkMask chunk_mask_;
-  std::vector<Interval> visible_;
+  Visit current_, upcoming_;
 
   Sequence seq_;
   int64_t row_begin_ = 0, num_rows_ = 0, first_head_ = 0, num_pairs_ = 0, num_strips_ = 0;
@@ -283,16 +314,17 @@ void run_items(const AttentionParams& p, const BlockList* blocks) {
   const StripShape shape{p.dtype,         p.head_dim,
                          p.head_dim_v,    static_cast<float>(p.softmax_scale * kLog2E),
                          p.softmax_scale, p.softcap};
-  Problem problem{p, blocks, choose_engine(p.dtype, active_isa()), shape, 0, 1, {}};
+  Problem problem{p, blocks, choose_engine(p.dtype, active_isa()), shape, 0, 1, 1, {}};
   const int64_t group_size = p.num_q_heads / p.num_kv_heads;
   problem.block_rows = blocks == nullptr ? choose_block_rows(p, group_size) : blocks->block_size_q;
   const bool shared = blocks == nullptr || blocks->pattern_heads <= p.num_kv_heads;
   problem.heads_per_item = shared ? heads_for(group_size, problem.block_rows) : 1;
+  problem.num_threads = thread_pool().num_threads();
   fill_unowned_rows(problem);
   make_items(problem);
   for_each_item(
       static_cast<int64_t>(problem.items.size()), [&] { return Worker(problem); },
-      [&](int64_t item, Worker& worker) { worker.run(problem.items[item]); });
+      [&](int64_t item, Worker& worker) { worker.run(item); });
 }
 
 }  // namespace

@@ -381,22 +381,28 @@ struct AmxStrip {
     }
   }
 
-  // Brings slots of the next chunk into L2, `part` of `parts`.
-  static void prefetch(const StripShape& shape, const KeyChunk::Upcoming& next, int part,
-                       int parts) {
-    if (next.chunk == nullptr) return;
-    const int64_t slots = next.end - next.begin;
-    for (int64_t i = next.begin + slots * part / parts; i < next.begin + slots * (part + 1) / parts;
-         ++i) {
-      prefetch_row(next.chunk->k_rows[i], shape.head_dim);
-      prefetch_row(next.chunk->v_rows[i], shape.head_dim_v);
+  // Brings the rows of the next chunk into L2, evenly spread over the tile products: a burst would
+  // take the line fill buffers from the tile loads.
+  struct Prefetcher {
+    Prefetcher(const StripShape& shape, const KeyChunk::Upcoming& next)
+        : chunk(next.chunk),
+          row(2 * next.begin),
+          end(2 * next.end),
+          bytes{shape.head_dim * static_cast<int64_t>(sizeof(In)),
+                shape.head_dim_v * static_cast<int64_t>(sizeof(In))} {}
+    void advance(int64_t rows) {
+      for (const int64_t stop = std::min(row + rows, end); row < stop; ++row) {
+        const void* const* keys = row % 2 == 0 ? chunk->k_rows : chunk->v_rows;
+        const char* data = static_cast<const char*>(keys[row / 2]);
+        for (int64_t byte = 0; byte < bytes[row % 2]; byte += kCacheLine) {
+          _mm_prefetch(data + byte, _MM_HINT_T1);
+        }
+      }
     }
-  }
-  static void prefetch_row(const void* row, int64_t size) {
-    for (int64_t byte = 0; byte < size * static_cast<int64_t>(sizeof(In)); byte += kCacheLine) {
-      _mm_prefetch(static_cast<const char*>(row) + byte, _MM_HINT_T1);
-    }
-  }
+    const KeyChunk* chunk;
+    int64_t row, end;  // counts k and v rows alternately
+    int64_t bytes[2];
+  };
 
   template <int kSteps>
   static void accumulate_with(const StripShape& shape, const void* queries, const KeyChunk& chunk,
@@ -412,10 +418,13 @@ struct AmxStrip {
       if (static_cast<Visibility>(mask.tiles[tile]) != Visibility::kNone) tiles[num_tiles++] = tile;
     }
     if (num_tiles == 0) return;
+    Prefetcher prefetcher(shape, chunk.upcoming);
+    const int64_t products = 4 * kNumProducts * std::max(kSteps, 1);
+    const int64_t rows_per_product =
+        (prefetcher.end - prefetcher.row + num_tiles * products - 1) / (num_tiles * products);
     int first = 0;  // of the group
     score_tile<kSteps>(shape, q, chunk, packed, tiles[0], scores[0], [](int) {});
     for (int i = 0; i < num_tiles; ++i) {
-      prefetch(shape, chunk.upcoming, i, num_tiles);
       float* s = scores[i % 2];
       const float scale = adjust_scores(shape, mask, tiles[i], s);
       Exponentials exponentials(scale, state.reference, s,
@@ -425,6 +434,7 @@ struct AmxStrip {
         score_tile<kSteps>(shape, q, chunk, packed, tiles[i + 1], scores[(i + 1) % 2], [&](int n) {
           constexpr int kTotal = 4 * kNumProducts * kSteps;
           if constexpr (kSteps > 0) exponentials.pairs(n * 16 / kTotal, (n + 1) * 16 / kTotal);
+          prefetcher.advance(rows_per_product);
         });
       }
       if (!more || kSteps == 0) exponentials.pairs(0, 16);

@@ -60,23 +60,31 @@ inline void visible_union(const MaskParams& mask, const Sequence& seq, int64_t r
   if (!visible.empty()) visible.resize(merged + 1);
 }
 
-// Streams the runs of keys that are visible and, with a block list, also listed.
+// Streams the runs of keys that are visible and, with a block list, also listed. `visible` must
+// outlive it.
 class KeyRuns {
  public:
+  KeyRuns() = default;
   // Every visible key of the sequence.
   KeyRuns(const std::vector<Interval>& visible, int64_t k_len)
-      : visible_(&visible), pending_{0, k_len}, k_len_(k_len) {}
+      : seen_(visible.data()),
+        seen_end_(seen_ + visible.size()),
+        pending_{0, k_len},
+        k_len_(k_len) {}
   // The visible keys of the listed blocks. Entries that are not ascending or outside are skipped.
   KeyRuns(const std::vector<Interval>& visible, int64_t k_len, BlockRow row, int64_t block_size)
-      : visible_(&visible), row_(row), block_size_(block_size), k_len_(k_len) {}
+      : seen_(visible.data()),
+        seen_end_(seen_ + visible.size()),
+        row_(row),
+        block_size_(block_size),
+        k_len_(k_len) {}
 
   bool next(Interval* run) {
     for (;;) {
       if (pending_.begin >= pending_.end && !next_listed()) return false;
-      while (index_ < visible_->size() && (*visible_)[index_].end <= pending_.begin) ++index_;
-      if (index_ == visible_->size()) return false;
-      const Interval& seen = (*visible_)[index_];
-      *run = {std::max(pending_.begin, seen.begin), std::min(pending_.end, seen.end)};
+      while (seen_ < seen_end_ && seen_->end <= pending_.begin) ++seen_;
+      if (seen_ == seen_end_) return false;
+      *run = {std::max(pending_.begin, seen_->begin), std::min(pending_.end, seen_->end)};
       const bool found = run->begin < run->end;
       pending_.begin = found ? run->end : pending_.end;
       if (found) return true;
@@ -99,12 +107,12 @@ class KeyRuns {
     return pending_.begin < pending_.end;
   }
 
-  const std::vector<Interval>* visible_;
-  size_t index_ = 0;
+  const Interval* seen_ = nullptr;
+  const Interval* seen_end_ = nullptr;
   Interval pending_;
   BlockRow row_;
   int64_t block_size_ = 1;
-  int64_t k_len_;
+  int64_t k_len_ = 0;
   int64_t last_block_ = -1;
 };
 
@@ -120,6 +128,7 @@ struct KeyRows {
 // Cuts runs into chunks.
 class ChunkSource {
  public:
+  ChunkSource() = default;
   ChunkSource(const KeyRuns& runs, const KeyRows& rows) : runs_(runs), rows_(rows) {}
 
   // False when no key is left.
