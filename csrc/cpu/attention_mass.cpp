@@ -2,8 +2,9 @@
 // diagonal. Rows are counted from the sequence's last one backwards, so that a key's slot plus the
 // lane of a row is their diagonal.
 #include <algorithm>
-#include <cstring>
+#include <cmath>
 #include <limits>
+#include <type_traits>
 #include <vector>
 
 #include "dense_chunk.h"
@@ -174,7 +175,10 @@ class Worker {
   void visit_head(int64_t h, int64_t key, int64_t count) {
     const int64_t num_slots = chunk_->num_slots();
     if (w_.key_mass != nullptr) std::fill_n(sums_, num_slots * kTracks, 0.0f);
-    if (w_.diagonal_mass != nullptr) std::fill_n(tracks_, kTracks * kTrackSize, 0.0f);
+    const int64_t track_elements = num_slots + num_strips_ * kStripRows - kTracks;
+    for (int t = 0; t < kTracks && w_.diagonal_mass != nullptr; ++t) {
+      std::fill_n(tracks_ + t * kTrackSize, track_elements, 0.0f);
+    }
     for (int64_t strip = 0; strip < num_strips_; ++strip) {
       if (!strip_seen_[strip]) continue;
       // p = exp(q k^T - lse)
@@ -197,8 +201,7 @@ class Worker {
     }
     if (w_.diagonal_mass != nullptr) {
       std::fill_n(diagonals_, kTrackSize + kTracks, 0.0f);
-      w_.loops.sum_tracks(tracks_, kTrackSize, num_slots + num_strips_ * kStripRows - kTracks,
-                          diagonals_);
+      w_.loops.sum_tracks(tracks_, kTrackSize, track_elements, diagonals_);
       const int64_t maps = w_.p.seqs.batch * w_.p.num_q_heads;
       float* mass = w_.diagonal_mass + (segment_ * maps + map) * w_.p.num_diagonals +
                     seq_.q_begin + seq_.k_begin + key + first_backwards_;

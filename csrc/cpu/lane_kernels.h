@@ -15,6 +15,9 @@ struct LaneKernels {
   // kTracks partial sums at the end, once for many strips.
   void (*add_lanes)(const float* tile, int64_t num_slots, float* sums);
 
+  // maxima[slot] = max(maxima[slot], all lanes).
+  void (*max_lanes)(const float* tile, int64_t num_slots, float* maxima);
+
   // Diagonals: entry (slot, lane) belongs to diagonal slot + lane. Track t takes the slots t, t +
   // kTracks, ..., so that all its reads and writes are aligned vectors; track t's element i is
   // diagonal i + t. tracks is [kTracks][track_size], offset to the tile's first diagonal.

@@ -10,8 +10,6 @@ namespace longctx::cpu {
 namespace {
 
 using V = Vec<float>;
-constexpr int kLaneVecs = kStripRows / V::kLanes;
-constexpr int kTrackVecs = kTracks / V::kLanes;
 constexpr float kLowest = -3.402823466e38f;  // finite: -inf minus it is -inf, not NaN
 
 void add_lanes(const float* tile, int64_t num_slots, float* sums) {
@@ -19,6 +17,16 @@ void add_lanes(const float* tile, int64_t num_slots, float* sums) {
     for (int i = 0; i < kTracks; i += V::kLanes) {
       (V::load(sums + i) + (V::load(tile + i) + V::load(tile + kTracks + i))).store(sums + i);
     }
+  }
+}
+
+void max_lanes(const float* tile, int64_t num_slots, float* maxima) {
+  for (int64_t slot = 0; slot < num_slots; ++slot, tile += kStripRows) {
+    V top = V::load(tile);
+    for (int i = V::kLanes; i < kStripRows; i += V::kLanes) top = max(V::load(tile + i), top);
+    alignas(64) float lanes[V::kLanes];
+    top.store(lanes);
+    for (int i = 0; i < V::kLanes; ++i) maxima[slot] = lanes[i] > maxima[slot] ? lanes[i] : maxima[slot];
   }
 }
 
@@ -101,7 +109,7 @@ void normalize_groups(const float* maxima, int64_t num_groups, float* sums) {
   }
 }
 
-constexpr LaneKernels kLaneKernels = {add_lanes, add_tracks,     sum_tracks,
+constexpr LaneKernels kLaneKernels = {add_lanes,  max_lanes, add_tracks,     sum_tracks,
                                       mean_rows, softmax_groups, normalize_groups};
 
 }  // namespace

@@ -23,6 +23,15 @@ def offsets(op: str, argument: str, cu_seqlens: Tensor | None, total: int | None
         _require(values[-1] == total, op, argument, f"end at the length of its axis, {total}", str(values[-1]))
 
 
+def segments(op: str, argument: str, segment_offsets: Tensor | None, seqlen_k: int) -> None:
+    """`segment_offsets` never falls and lies within [0, seqlen_k]."""
+    if segment_offsets is None or segment_offsets.numel() == 0:
+        return
+    _require((segment_offsets.diff() >= 0).all(), op, argument, "be non-decreasing", "a smaller value")
+    low, high = int(segment_offsets[0]), int(segment_offsets[-1])
+    _require(low >= 0 and high <= seqlen_k, op, argument, f"be in [0, {seqlen_k}]", f"[{low}, {high}]")
+
+
 def lengths(op: str, argument: str, seqused_k: Tensor | None, seqlen_k: int) -> None:
     """`seqused_k` is within [0, seqlen_k]."""
     if seqused_k is None or seqused_k.numel() == 0:
