@@ -88,7 +88,10 @@ Means block_means(const BlockScoresParams& p, const std::vector<SequenceMap>& ma
 // Softmax over the visible blocks of a row, in place; what lies behind them is already 0.
 void softmax_row(float* row, int64_t num_visible) {
   const float top = num_visible > 0 ? *std::max_element(row, row + num_visible) : -kInf;
-  if (top == -kInf) return std::fill_n(row, num_visible, 0.0f);
+  if (top == -kInf) {
+    std::fill_n(row, num_visible, 0.0f);
+    return;
+  }
   float sum = 0.0f;
   for (int64_t j = 0; j < num_visible; ++j) sum += row[j] = std::exp(row[j] - top);
   for (int64_t j = 0; j < num_visible; ++j) row[j] /= sum;
