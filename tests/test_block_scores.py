@@ -148,9 +148,7 @@ def test_slabs_and_chunked_prefill_equal_the_whole(method: str) -> None:
     q, k = make(1, (2, 1), (200, 300), 16)
     whole = longctx.block_scores(q, k, 32, 16, method=method, stride=4)
     for begin, end in ((0, 64), (64, 200)):
-        slab = longctx.block_scores(
-            q[:, :, begin:end], k, 32, 16, method=method, stride=4, q_offset=300 - 200 + begin
-        )
+        slab = longctx.block_scores(q[:, :, begin:end], k, 32, 16, method=method, stride=4, q_offset=300 - 200 + begin)
         rows = whole[:, :, begin // 32 : -(-end // 32)]
         torch.testing.assert_close(slab, rows)
         cut = 300 - 200 + end

@@ -16,7 +16,7 @@ namespace longctx::cpu {
 namespace {
 
 constexpr float kInf = std::numeric_limits<float>::infinity();
-constexpr int64_t kPassStrips = 8;             // strips that share the packed keys of a chunk
+constexpr int64_t kPassStrips = 8;                 // strips that share the packed keys of a chunk
 constexpr int64_t kChunkBytes = int64_t{1} << 18;  // long rows: a full chunk would leave the L2
 
 class Worker {
@@ -34,7 +34,8 @@ class Worker {
     shape_.softmax_scale = p.softmax_scale / static_cast<double>(p.stride);
     shape_.scale_log2 = static_cast<float>(shape_.softmax_scale * 1.4426950408889634);
     chunk_groups_ = std::max<int64_t>(kKeyTile, block_groups_);
-    while (2 * chunk_groups_ <= kChunkKeys && 2 * chunk_groups_ * dim_ * element_size_ <= kChunkBytes) {
+    while (2 * chunk_groups_ <= kChunkKeys &&
+           2 * chunk_groups_ * dim_ * element_size_ <= kChunkBytes) {
       chunk_groups_ *= 2;
     }
     int64_t columns = 0;
@@ -116,8 +117,9 @@ class Worker {
       for (int64_t i = 0; i < p_.stride; ++i, row += row_bytes) {
         const int64_t query = g * p_.stride + q_count(g) - 1 - i;
         if (i < q_count(g)) {
-          std::memcpy(row, row_address(p_.q, element_size_, map_->seq.batch_index, head_,
-                                       map_->seq.q_begin + query),
+          std::memcpy(row,
+                      row_address(p_.q, element_size_, map_->seq.batch_index, head_,
+                                  map_->seq.q_begin + query),
                       row_bytes);
         } else {
           std::memset(row, 0, row_bytes);
@@ -137,7 +139,8 @@ class Worker {
     const int64_t num_keys = std::min(count * p_.stride, map_->seq.k_len - group * p_.stride);
     if (p_.k.seq_stride != p_.head_dim || num_keys < count * p_.stride) {
       const int64_t row_bytes = p_.head_dim * element_size_;
-      for (int64_t i = 0; i < num_keys; ++i) std::memcpy(k_rows_ + i * row_bytes, key(i), row_bytes);
+      for (int64_t i = 0; i < num_keys; ++i)
+        std::memcpy(k_rows_ + i * row_bytes, key(i), row_bytes);
       std::memset(k_rows_ + num_keys * row_bytes, 0, (count * p_.stride - num_keys) * row_bytes);
       rows = k_rows_;
     }
@@ -155,8 +158,7 @@ class Worker {
     const int64_t blocks = (count + block_groups_ - 1) / block_groups_;
     const float hidden = p_.softmax ? -kInf : 0.0f;
     for (int lane = 0; lane < kStripRows; ++lane) {
-      const int64_t seen =
-          lane < lanes ? clamp_index(num_seen(first + lane) - group, 0, count) : 0;
+      const int64_t seen = lane < lanes ? clamp_index(num_seen(first + lane) - group, 0, count) : 0;
       for (int64_t i = seen; i < blocks * block_groups_; ++i) s_t[i * kStripRows + lane] = hidden;
     }
     const int64_t state = group / block_groups_ * kStripRows;
@@ -189,8 +191,7 @@ class Worker {
   // Adds the strip's share of its map rows: the mean over the groups of a row that see a key.
   void write_strip(int64_t strip) {
     const int64_t first = first_ + strip * kStripRows;
-    const int64_t columns =
-        (num_seen(last_group(strip)) + block_groups_ - 1) / block_groups_;
+    const int64_t columns = (num_seen(last_group(strip)) + block_groups_ - 1) / block_groups_;
     if (columns == 0) return;
     if (p_.softmax) loops_.normalize_groups(maxima(strip), columns, sums(strip));
     for (int64_t begin = first; begin <= last_group(strip);) {

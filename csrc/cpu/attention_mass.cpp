@@ -203,8 +203,8 @@ class Worker {
       std::fill_n(diagonals_, kTrackSize + kTracks, 0.0f);
       w_.loops.sum_tracks(tracks_, kTrackSize, track_elements, diagonals_);
       const int64_t maps = w_.p.seqs.batch * w_.p.num_q_heads;
-      float* mass = w_.diagonal_mass + (segment_ * maps + map) * w_.p.num_diagonals +
-                    seq_.q_begin + seq_.k_begin + key + first_backwards_;
+      float* mass = w_.diagonal_mass + (segment_ * maps + map) * w_.p.num_diagonals + seq_.q_begin +
+                    seq_.k_begin + key + first_backwards_;
       for (int64_t i = 0; i < count + num_rows_ - 1; ++i) mass[i] += diagonals_[i];
     }
   }
@@ -227,16 +227,18 @@ class Worker {
 // mass[segment] = the sum over the segment's keys.
 void sum_segments(const AttentionMassParams& p, const float* key_mass) {
   const int64_t maps = p.seqs.batch * p.num_q_heads;
-  for_each_item(maps, [] { return 0; }, [&](int64_t map, int) {
-    const float* keys = key_mass + map * p.seqs.seqlen_k;
-    for (int64_t s = 0; s < p.num_segments; ++s) {
-      const int64_t begin = clamp_index(p.segment_offsets[s], 0, p.seqs.seqlen_k);
-      const int64_t end = clamp_index(p.segment_offsets[s + 1], begin, p.seqs.seqlen_k);
-      double sum = 0.0;
-      for (int64_t key = begin; key < end; ++key) sum += keys[key];
-      p.key_mass[map * p.num_segments + s] = static_cast<float>(sum);
-    }
-  });
+  for_each_item(
+      maps, [] { return 0; },
+      [&](int64_t map, int) {
+        const float* keys = key_mass + map * p.seqs.seqlen_k;
+        for (int64_t s = 0; s < p.num_segments; ++s) {
+          const int64_t begin = clamp_index(p.segment_offsets[s], 0, p.seqs.seqlen_k);
+          const int64_t end = clamp_index(p.segment_offsets[s + 1], begin, p.seqs.seqlen_k);
+          double sum = 0.0;
+          for (int64_t key = begin; key < end; ++key) sum += keys[key];
+          p.key_mass[map * p.num_segments + s] = static_cast<float>(sum);
+        }
+      });
 }
 
 }  // namespace
@@ -284,8 +286,7 @@ void run_attention_mass_cpu(const AttentionMassParams& p) {
       head_items * segments, [&] { return Worker(problem); },
       [&](int64_t item, Worker& worker) {
         const int64_t head_item = item % head_items;
-        worker.run(head_item / heads_of_item, head_item % heads_of_item * heads,
-                   item / head_items);
+        worker.run(head_item / heads_of_item, head_item % heads_of_item * heads, item / head_items);
       });
   if (p.segment_offsets != nullptr && p.key_mass != nullptr) sum_segments(p, problem.key_mass);
   if (!partial.empty()) {

@@ -63,25 +63,24 @@ Means block_means(const BlockScoresParams& p, const std::vector<SequenceMap>& ma
   means.data.resize(
       static_cast<size_t>(heads * means.first_block.back() * p.head_dim * element_bytes(dtype)));
   const auto wide_row = [&] { return std::vector<float>(static_cast<size_t>(p.head_dim)); };
-  for_each_item(
-      heads * static_cast<int64_t>(items.size()), wide_row,
-      [&](int64_t index, std::vector<float>& wide) {
-        const int64_t head = index % heads;
-        const Item& item = items[static_cast<size_t>(index / heads)];
-        const Sequence& seq = maps[static_cast<size_t>(item.sequence)].seq;
-        const int64_t begin = of_q ? seq.q_begin : seq.k_begin;
-        const int64_t length = of_q ? seq.q_len : seq.k_len;
-        for (int64_t b = item.first_block; b < item.first_block + item.num_blocks; ++b) {
-          const void* rows = row_address(tensor, element_bytes(p.dtype), seq.batch_index, head,
-                                         begin + b * block_size);
-          const int64_t count = std::min(block_size, length - b * block_size);
-          char* mean = means.at(head, item.sequence, b);
-          const bool narrows = element_bytes(dtype) == 2;
-          loops.mean_rows(p.dtype, rows, tensor.seq_stride, count, p.head_dim,
-                          narrows ? static_cast<void*>(wide.data()) : mean);
-          if (narrows) narrow_row(dtype, wide.data(), p.head_dim, mean);
-        }
-      });
+  for_each_item(heads * static_cast<int64_t>(items.size()), wide_row,
+                [&](int64_t index, std::vector<float>& wide) {
+                  const int64_t head = index % heads;
+                  const Item& item = items[static_cast<size_t>(index / heads)];
+                  const Sequence& seq = maps[static_cast<size_t>(item.sequence)].seq;
+                  const int64_t begin = of_q ? seq.q_begin : seq.k_begin;
+                  const int64_t length = of_q ? seq.q_len : seq.k_len;
+                  for (int64_t b = item.first_block; b < item.first_block + item.num_blocks; ++b) {
+                    const void* rows = row_address(tensor, element_bytes(p.dtype), seq.batch_index,
+                                                   head, begin + b * block_size);
+                    const int64_t count = std::min(block_size, length - b * block_size);
+                    char* mean = means.at(head, item.sequence, b);
+                    const bool narrows = element_bytes(dtype) == 2;
+                    loops.mean_rows(p.dtype, rows, tensor.seq_stride, count, p.head_dim,
+                                    narrows ? static_cast<void*>(wide.data()) : mean);
+                    if (narrows) narrow_row(dtype, wide.data(), p.head_dim, mean);
+                  }
+                });
   return means;
 }
 
@@ -204,8 +203,7 @@ class Worker {
       engine_.pack_chunk(shape_, *chunk_, false, packed_);
       for (int64_t row = 0; row < num_rows; row += kStripRows) {
         engine_.scores(shape_, queries_ + row / kStripRows * query_bytes_, *chunk_, packed_, tile_);
-        visit(column, count, row,
-              as_float(shape_.dtype, tile_, chunk_->num_slots() * kStripRows));
+        visit(column, count, row, as_float(shape_.dtype, tile_, chunk_->num_slots() * kStripRows));
       }
     }
   }
@@ -259,8 +257,7 @@ void score_means(const BlockScoresParams& p, const std::vector<SequenceMap>& map
 }
 
 void run_block_scores_cpu(const BlockScoresParams& p) {
-  const int64_t size =
-      p.map.seqs.batch * p.num_q_heads * p.map.num_q_blocks * p.map.num_k_blocks;
+  const int64_t size = p.map.seqs.batch * p.num_q_heads * p.map.num_q_blocks * p.map.num_k_blocks;
   std::fill_n(p.scores, size, p.softmax ? 0.0f : -kInf);
   const std::vector<SequenceMap> maps = sequence_maps(p.map);
   if (p.method == BlockScoreMethod::kAntidiagonal) {

@@ -21,9 +21,9 @@ inline std::vector<SequenceMap> sequence_maps(const BlockMapParams& map) {
 
 inline float* scores_row(const BlockScoresParams& p, const SequenceMap& map, int64_t head,
                          int64_t row) {
-  return p.scores + ((map.seq.batch_index * p.num_q_heads + head) * p.map.num_q_blocks +
-                     map.first_row + row) *
-                        p.map.num_k_blocks;
+  return p.scores +
+         ((map.seq.batch_index * p.num_q_heads + head) * p.map.num_q_blocks + map.first_row + row) *
+             p.map.num_k_blocks;
 }
 
 // Scores of block means (kMean, kMaxMean) and of strided antidiagonals. p.scores is already filled

@@ -20,8 +20,8 @@ inline const char* row_address(const TensorView& tensor, int64_t element_size, i
 }
 
 // Slot i is the row at `rows` + i * stride elements and stands at key position `first` + i.
-inline void set_dense_chunk(KeyChunk* chunk, const char* rows, int64_t stride,
-                            int64_t element_size, int64_t first, int64_t count) {
+inline void set_dense_chunk(KeyChunk* chunk, const char* rows, int64_t stride, int64_t element_size,
+                            int64_t first, int64_t count) {
   chunk->num_keys = count;
   chunk->k_stride = stride;
   chunk->v_stride = 0;

@@ -26,7 +26,8 @@ void max_lanes(const float* tile, int64_t num_slots, float* maxima) {
     for (int i = V::kLanes; i < kStripRows; i += V::kLanes) top = max(V::load(tile + i), top);
     alignas(64) float lanes[V::kLanes];
     top.store(lanes);
-    for (int i = 0; i < V::kLanes; ++i) maxima[slot] = lanes[i] > maxima[slot] ? lanes[i] : maxima[slot];
+    for (int i = 0; i < V::kLanes; ++i)
+      maxima[slot] = lanes[i] > maxima[slot] ? lanes[i] : maxima[slot];
   }
 }
 
@@ -91,7 +92,8 @@ void softmax_groups(const float* tile, int64_t num_groups, int64_t group_slots, 
 void normalize_groups(const float* maxima, int64_t num_groups, float* sums) {
   for (int lane = 0; lane < kStripRows; lane += V::kLanes) {
     V top = V::broadcast(kLowest);
-    for (int64_t g = 0; g < num_groups; ++g) top = max(V::load(maxima + g * kStripRows + lane), top);
+    for (int64_t g = 0; g < num_groups; ++g)
+      top = max(V::load(maxima + g * kStripRows + lane), top);
     V total = V::broadcast(0.0f);
     for (int64_t g = 0; g < num_groups; ++g) {
       float* sum = sums + g * kStripRows + lane;
@@ -109,7 +111,7 @@ void normalize_groups(const float* maxima, int64_t num_groups, float* sums) {
   }
 }
 
-constexpr LaneKernels kLaneKernels = {add_lanes,  max_lanes, add_tracks,     sum_tracks,
+constexpr LaneKernels kLaneKernels = {add_lanes, max_lanes,      add_tracks,      sum_tracks,
                                       mean_rows, softmax_groups, normalize_groups};
 
 }  // namespace

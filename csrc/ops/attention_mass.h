@@ -20,8 +20,7 @@ std::tuple<Tensor, Tensor> attention_mass(
   AttentionMassParams params;
   fill_attention(check, q, k, options, params);
   check.same_device("lse", lse, q);
-  check.dtype("lse", lse,
-              params.dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float);
+  check.dtype("lse", lse, params.dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float);
   check.shape("lse", lse, "[batch, num_q_heads, seqlen_q]", {q.size(0), q.size(1), q.size(2)});
   params.sinks = sinks_data(check, sinks, q);
   const bool both = reduce.text == "both";
@@ -46,8 +45,8 @@ std::tuple<Tensor, Tensor> attention_mass(
   const Tensor lse_rows = torch::stable::contiguous(lse);
   params.lse = lse_rows.const_data_ptr();
   params.num_diagonals = std::max<int64_t>(q.size(2) + k.size(2) - 1, 0);
-  const Tensor key_mass = torch::stable::new_empty(
-      q, {q.size(0), q.size(1), by_key ? num_keys : 0}, ScalarType::Float);
+  const Tensor key_mass =
+      torch::stable::new_empty(q, {q.size(0), q.size(1), by_key ? num_keys : 0}, ScalarType::Float);
   const Tensor diagonal_mass = torch::stable::new_empty(
       q, {q.size(0), q.size(1), by_diagonal ? params.num_diagonals : 0}, ScalarType::Float);
   if (by_key) params.key_mass = key_mass.mutable_data_ptr<float>();

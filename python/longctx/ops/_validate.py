@@ -54,14 +54,10 @@ def block_list(op: str, block_indptr: Tensor, block_indices: Tensor, num_k_block
     """`block_indptr` is a CSR row pointer into `block_indices`; rows are ascending block numbers."""
     capacity = block_indices.numel()
     indptr = block_indptr.reshape(-1, block_indptr.shape[-1])
-    _require(
-        (indptr[:, 1:] >= indptr[:, :-1]).all(), op, "block_indptr", "be non-decreasing", "a smaller value"
-    )
+    _require((indptr[:, 1:] >= indptr[:, :-1]).all(), op, "block_indptr", "be non-decreasing", "a smaller value")
     if indptr.numel():
         low, high = (int(x) for x in torch.aminmax(indptr))
-        _require(
-            low >= 0 and high <= capacity, op, "block_indptr", f"be in [0, {capacity}]", f"[{low}, {high}]"
-        )
+        _require(low >= 0 and high <= capacity, op, "block_indptr", f"be in [0, {capacity}]", f"[{low}, {high}]")
     for row_pointers in indptr:
         first, last = int(row_pointers[0]), int(row_pointers[-1])
         listed = block_indices[first:last]
