@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -11,15 +11,16 @@ from longctx.ops import _validate
 from longctx.ops._register import register_op
 
 
+# The overloads name only the argument that decides the type of the result.
 @overload
 def attention_mass(
-    q: Tensor, k: Tensor, lse: Tensor, *, reduce: Literal["both"], **options: object
+    q: Tensor, k: Tensor, lse: Tensor, *, reduce: Literal["both"], **options: Any
 ) -> tuple[Tensor, Tensor]: ...
 @overload
 def attention_mass(
-    q: Tensor, k: Tensor, lse: Tensor, *, reduce: Literal["key", "diagonal"] = "key", **options: object
+    q: Tensor, k: Tensor, lse: Tensor, *, reduce: Literal["key", "diagonal"] = "key", **options: Any
 ) -> Tensor: ...
-def attention_mass(
+def attention_mass(  # type: ignore[misc]
     q: Tensor,
     k: Tensor,
     lse: Tensor,
@@ -90,7 +91,7 @@ def attention_mass(
     if validate:
         _validate.sequences("attention_mass", q, k, key_ranges, cu_seqlens_q, cu_seqlens_k, seqused_k)
         _validate.segments("attention_mass", "segment_offsets", segment_offsets, k.shape[2])
-    by_key, by_diagonal = torch.ops.longctx.attention_mass(
+    masses: tuple[Tensor, Tensor] = torch.ops.longctx.attention_mass(
         q,
         k,
         lse,
@@ -110,7 +111,8 @@ def attention_mass(
         page_table,
     )
     if reduce == "both":
-        return by_key, by_diagonal
+        return masses
+    by_key, by_diagonal = masses
     return by_diagonal if reduce == "diagonal" else by_key
 
 

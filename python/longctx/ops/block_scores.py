@@ -83,7 +83,7 @@ def block_scores(
     """
     if validate:
         _validate.sequences("block_scores", q, k, None, cu_seqlens_q, cu_seqlens_k, seqused_k)
-    return torch.ops.longctx.block_scores(
+    scores: Tensor = torch.ops.longctx.block_scores(
         q,
         k,
         block_size_q,
@@ -98,6 +98,7 @@ def block_scores(
         cu_seqlens_k,
         seqused_k,
     )
+    return scores
 
 
 def _fake(

@@ -125,7 +125,8 @@ def select_blocks(
                     kept = [j for row, j in forced if row == i]
                     kept += [j for row, j in chosen if row == i][: limit - len(kept)]
                     lists[b, h, first_row + i] = sorted(kept)
-    indptr, indices = [], []
+    indptr: list[int] = []
+    indices: list[int] = []
     for b in range(batch):
         for h in range(heads):
             for row in range(num_rows):
