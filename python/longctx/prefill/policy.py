@@ -54,8 +54,12 @@ class AttentionContext(Predicate):
     rope: Rope | None = None
 
     def score_options(self) -> dict[str, Any]:
-        """The predicate, scale and cap: all that decides a score, without what happens to it later."""
+        """The keywords of an op that decide a score: predicate, scale and cap."""
         return {**self.predicate(), "softmax_scale": self.softmax_scale, "softcap": self.softcap}
+
+    def options(self) -> dict[str, Any]:
+        """The keywords of `longctx.attention`."""
+        return {**self.score_options(), "sinks": self.sinks}
 
     def list_options(self, q: Tensor, k: Tensor) -> dict[str, Any]:
         """The keywords of `select_blocks` that place its rows."""
@@ -68,7 +72,7 @@ class Pattern(Predicate):
     """Which scores a method computes: a block list (None: every visible tile) and a predicate."""
 
     shape: Shape
-    context: AttentionContext  # its predicate is that of dense attention, the yardstick of `density`
+    visible: Predicate  # what dense attention sees: the yardstick of `density`
     block_indptr: Tensor | None = None  # int64 [batch or 1, heads_of_pattern, num_q_blocks + 1]
     block_indices: Tensor | None = None  # int32 [capacity]
     block_size_q: int = 128
@@ -78,7 +82,7 @@ class Pattern(Predicate):
     def of(cls, q: Tensor, k: Tensor, context: AttentionContext, **fields: Any) -> Pattern:
         """The pattern of a call: dense attention, narrowed by `fields`."""
         shape = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
-        return cls(shape=shape, context=context, **{**context.predicate(), **fields})
+        return cls(shape=shape, visible=context, **{**context.predicate(), **fields})
 
     @classmethod
     def of_tiles(cls, q: Tensor, k: Tensor, context: AttentionContext, tiles: Tensor, block_size: int) -> Pattern:
@@ -88,9 +92,9 @@ class Pattern(Predicate):
         indptr, indices = select_blocks(tiles.float(), method="threshold", value=0.5, **blocks, **options)
         return cls.of(q, k, context, block_indptr=indptr, block_indices=indices, **blocks)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor]:
         """Exact attention over the pattern: (out, lse)."""
-        options = {**self.context.score_options(), **self.predicate(), "sinks": self.context.sinks}
+        options = {**context.options(), **self.predicate()}
         if self.block_indptr is None or self.block_indices is None:
             return attention(q, k, v, **options)
         lists = (self.block_indptr, self.block_indices, self.block_size_q, self.block_size_k)
@@ -100,7 +104,7 @@ class Pattern(Predicate):
         """Tiles visited divided by tiles that dense attention visits: a float32 scalar, without a sync."""
         rows = self._rows()
         sizes = (self.block_size_q, self.block_size_k)
-        dense = count_blocks(block_intervals(self.context, self.shape, rows, *sizes)).sum()
+        dense = count_blocks(block_intervals(self.visible, self.shape, rows, *sizes)).sum()
         intervals = block_intervals(self, self.shape, rows, *sizes)
         if self.block_indptr is None or self.block_indices is None:
             return (count_blocks(intervals).sum() / dense.clamp(min=1)).float()
@@ -193,7 +197,7 @@ class Policy:
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor]:
         """(out, lse) of the method; by default exact attention over the selected pattern."""
-        return self.select(q, k, context).attend(q, k, v)
+        return self.select(q, k, context).attend(q, k, v, context)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, **context: Any) -> tuple[Tensor, Tensor]:
         """`attend` with the fields of an `AttentionContext` as keywords."""
