@@ -33,7 +33,7 @@ class BlockTopK(Policy):
         self._require("top_k", self.top_k >= 0, "be >= 0")
         self._require("num_first_blocks", self.num_first_blocks >= 0, "be >= 0")
         self._require("num_local_blocks", self.num_local_blocks >= 0, "be >= 0")
-        self._require_block_size()
+        self._require_one_of("block_size", 16, 32, 64, 128)
 
     def select(self, q: Tensor, k: Tensor, context: AttentionContext) -> Pattern:
         self._require_causal(context)
@@ -42,9 +42,7 @@ class BlockTopK(Policy):
         rows = Rows.of(Sequences.of(context, shape, q.device), shape[2], self.block_size)
         visible = visible_tiles(context, shape, rows, **blocks)[:, None]
         # A row's order is that of its softmax.
-        scores = block_scores(
-            q, k, **blocks, softmax=False, softmax_scale=context.softmax_scale, **context.lengths()
-        )
+        scores = block_scores(q, k, **blocks, softmax=False, softmax_scale=context.softmax_scale, **context.lengths())
         options = {**blocks, **context.list_options(q, k), "method": "top_k", "value": self.top_k}
         indptr, indices = select_blocks(
             scores.masked_fill(~visible, -float("inf")),

@@ -32,7 +32,7 @@ class RandomBlocks(Policy):
     def __post_init__(self) -> None:
         self._require("density", 0.0 < self.density <= 1.0, "be in (0, 1]")
         self._require("seed", self.seed >= 0, "be >= 0")
-        self._require_block_size()
+        self._require_one_of("block_size", 16, 32, 64, 128)
 
     def select(self, q: Tensor, k: Tensor, context: AttentionContext) -> Pattern:
         rows, visible = _rows_and_visible(q, k, context, self.block_size)
@@ -59,7 +59,7 @@ class OracleBlocks(Policy):
 
     def __post_init__(self) -> None:
         self._require("density", 0.0 < self.density <= 1.0, "be in (0, 1]")
-        self._require_block_size()
+        self._require_one_of("block_size", 16, 32, 64, 128)
 
     def select(self, q: Tensor, k: Tensor, context: AttentionContext) -> Pattern:
         _, visible = _rows_and_visible(q, k, context, self.block_size)
@@ -74,7 +74,7 @@ def block_masses(q: Tensor, k: Tensor, context: AttentionContext, block_size: in
     rows, key_rows = Rows.of(seqs, shape[2], block_size), Rows.of(seqs.of_keys(), shape[3], block_size)
     visible = token_intervals(context, shape, q.device)
     if visible.shape[1] > 2:
-        raise ValueError("longctx::oracle: a query may see at most 2 ranges of keys; got up to " f"{visible.shape[1]}")
+        raise ValueError(f"longctx::oracle: a query may see at most 2 ranges of keys; got up to {visible.shape[1]}")
     _, lse = attention(q, k, k[..., :1], **context.score_options())
     index, own = rows.tokens(block_size, shape[2])
     # A key block of a packed call is one of all key blocks, sequence behind sequence.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -42,7 +42,7 @@ class FlexPrefill(Policy):
         self._require("gamma", 0.0 < self.gamma <= 1.0, "be in (0, 1]")
         self._require("tau", self.tau >= 0.0, "be >= 0")
         self._require("min_budget", self.min_budget >= 0, "be >= 0")
-        self._require_block_size()
+        self._require_one_of("block_size", 16, 32, 64, 128)
 
     def select(self, q: Tensor, k: Tensor, context: AttentionContext) -> Pattern:
         self._require_causal(context)
@@ -85,13 +85,14 @@ class Probe:
     def of(cls, q: Tensor, k: Tensor, context: AttentionContext, block_size: int) -> Probe:
         shape = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
         seqs = Sequences.of(context, shape, q.device)
+        moved: dict[str, Any] = {}
         if seqs.packed:
-            length = seqs.len_q.clamp(max=block_size)
-            end = length.cumsum(0)
-            row = torch.arange(min(shape[2], length.numel() * block_size), device=q.device)
-            seq = torch.searchsorted(end, row, right=True).clamp(max=length.numel() - 1)
+            num_seqs = seqs.len_q.numel()
+            end = seqs.len_q.clamp(max=block_size).cumsum(0)
+            row = torch.arange(min(shape[2], num_seqs * block_size), device=q.device)
+            seq = torch.searchsorted(end, row, right=True).clamp(max=num_seqs - 1)
             index = ((seqs.q_begin + seqs.len_q - end)[seq] + row).clamp(0, max(shape[2] - 1, 0))[None]
-            moved = {"cu_seqlens_q": pad(end, (1, 0)).int()}
+            moved["cu_seqlens_q"] = pad(end, (1, 0)).int()
         else:
             length = min(shape[2], block_size)
             end = seqs.len_q
@@ -100,7 +101,7 @@ class Probe:
                 row = torch.arange(1, shape[2] + 1, device=q.device)
                 end = ((begin_key < end_key).any(1) * row).amax(1).clamp(min=length)
             index = end[:, None] - length + torch.arange(length, device=q.device)
-            moved = {"seqused_k": (seqs.len_k - seqs.len_q + end).int()}
+            moved["seqused_k"] = (seqs.len_k - seqs.len_q + end).int()
         if context.key_ranges is not None:
             where = index[:, None, :, None].expand(-1, context.key_ranges.shape[1], -1, 2)
             moved["key_ranges"] = context.key_ranges.gather(2, where)
@@ -126,9 +127,7 @@ class Probe:
     def block_map(self, k: Tensor) -> Tensor:
         """The same share of each key block, as predicted by block means: float32 [num_seqs, heads, num_k_blocks]."""
         blocks = {"block_size_q": self.block_size, "block_size_k": self.block_size}
-        scores = block_scores(
-            self.q, k, **blocks, softmax_scale=self.context.softmax_scale, **self.context.lengths()
-        )
+        scores = block_scores(self.q, k, **blocks, softmax_scale=self.context.softmax_scale, **self.context.lengths())
         seqs = self._sequences(k)
         rows = Rows.of(seqs, self.q.shape[2], self.block_size)
         visible = visible_tiles(self.context, self._shape(k), rows, **blocks)[:, None]
@@ -168,7 +167,9 @@ def keep_mass(mass: Tensor, gamma: Tensor, at_least: int) -> Tensor:
     """The fewest largest entries of each row whose sum reaches the share `gamma`, but `at_least` so many: bool."""
     ordered, order = mass.sort(dim=-1, descending=True, stable=True)
     reached = ordered.cumsum(-1)
-    keep = (reached - ordered < gamma * reached[..., -1:]) | (torch.arange(mass.shape[-1], device=mass.device) < at_least)
+    keep = (reached - ordered < gamma * reached[..., -1:]) | (
+        torch.arange(mass.shape[-1], device=mass.device) < at_least
+    )
     return torch.zeros_like(keep).scatter(-1, order, keep)
 
 

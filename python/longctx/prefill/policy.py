@@ -63,7 +63,10 @@ class AttentionContext(Predicate):
 
     def list_options(self, q: Tensor, k: Tensor) -> dict[str, Any]:
         """The keywords of `select_blocks` that place its rows."""
-        q_offset = -q.shape[2] if self.seqused_k is not None else k.shape[2] - q.shape[2]
+        # Counted from `seqused_k` where that is given; packed sequences align by themselves.
+        q_offset = (0 if self.seqused_k is not None else k.shape[2]) - q.shape[2]
+        if self.cu_seqlens_q is not None:
+            q_offset = 0
         return {**self.lengths(), "causal": self.causal, "q_offset": q_offset}
 
 
@@ -145,7 +148,8 @@ class Pattern(Predicate):
 
     def to_tiles(self) -> Tensor:
         """The block list as a bool map [batch or 1, heads_of_pattern, num_q_blocks, num_k_blocks]."""
-        assert self.block_indptr is not None and self.block_indices is not None
+        assert self.block_indptr is not None
+        assert self.block_indices is not None
         batch, heads, ends = self.block_indptr.shape
         num_k_blocks = ceil_div(self.shape[3], self.block_size_k)
         tiles = self.block_indices.new_zeros(batch * heads * (ends - 1) * num_k_blocks + 1, dtype=torch.bool)
@@ -161,10 +165,11 @@ class Pattern(Predicate):
 
     def _entry_rows(self) -> tuple[Tensor, Tensor, Tensor]:
         """Batch, pattern head and row of every entry of `block_indices`; entries behind the last row have head -1."""
-        assert self.block_indptr is not None and self.block_indices is not None
+        assert self.block_indptr is not None
+        assert self.block_indices is not None
         heads, num_rows = self.block_indptr.shape[1], self.block_indptr.shape[2] - 1
         entry = torch.arange(self.block_indices.numel(), device=self.block_indices.device)
-        row = torch.searchsorted(self.block_indptr[..., 1:].flatten(), entry, right=True)
+        row = torch.searchsorted(self.block_indptr[..., 1:].flatten().contiguous(), entry, right=True)
         listed = row < self.block_indptr.shape[0] * heads * num_rows
         row = torch.where(listed, row, 0)
         head = torch.where(listed, row // num_rows % heads, -1)
@@ -208,8 +213,8 @@ class Policy:
         if not ok:
             raise ValueError(f"longctx::{self.name}: `{field}` must {rule}; got {getattr(self, field)!r}")
 
-    def _require_block_size(self) -> None:
-        self._require("block_size", getattr(self, "block_size") in (16, 32, 64, 128), "be 16, 32, 64 or 128")
+    def _require_one_of(self, field: str, *legal: int) -> None:
+        self._require(field, getattr(self, field) in legal, "be one of " + ", ".join(map(str, legal)))
 
     def _require_causal(self, context: AttentionContext) -> None:
         if not context.causal:

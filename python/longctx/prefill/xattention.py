@@ -29,9 +29,9 @@ class XAttention(Policy):
     block_size: int = 128
 
     def __post_init__(self) -> None:
-        self._require_block_size()
+        self._require_one_of("block_size", 16, 32, 64, 128)
         self._require("threshold", 0.0 < self.threshold <= 1.0, "be in (0, 1]")
-        self._require("stride", self.stride in (4, 8, 16, 32), "be 4, 8, 16 or 32")
+        self._require_one_of("stride", 4, 8, 16, 32)
         self._require("stride", self.stride <= self.block_size, f"be at most block_size = {self.block_size}")
 
     def select(self, q: Tensor, k: Tensor, context: AttentionContext) -> Pattern:
