@@ -57,7 +57,7 @@ def test_t5_position_bias() -> None:
     config = transformers.T5Config(
         vocab_size=96, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=4, attn_implementation="longctx"
     )
-    model = transformers.T5EncoderModel(config)
+    model = transformers.T5EncoderModel(config).eval()
     with pytest.raises(NotImplementedError, match="`position_bias` is not supported"):
         model(INPUT)
 
@@ -90,7 +90,8 @@ def test_bidirectional_window_without_its_mask() -> None:
 
 
 def test_model_off_the_interface() -> None:
-    model = transformers.BloomForCausalLM(transformers.BloomConfig(vocab_size=96, hidden_size=32, n_layer=1, n_head=2))
+    config = transformers.FalconConfig(vocab_size=96, hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
+    model = transformers.FalconForCausalLM(config)
     with pytest.raises(ValueError, match="does not route its attention through transformers' AttentionInterface"):
         apply(model, "dense")
 
@@ -114,7 +115,7 @@ def test_wrong_options(model: PreTrainedModel) -> None:
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_backward_raises(model: PreTrainedModel, checkpointing: bool, reentrant: bool) -> None:
     if checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": reentrant})
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     model.train()
     embeddings = model.get_input_embeddings()(INPUT)
     loss = model(inputs_embeds=embeddings, labels=INPUT).loss
@@ -125,7 +126,7 @@ def test_backward_raises(model: PreTrainedModel, checkpointing: bool, reentrant:
 
 def test_block_that_ends_before_backward() -> None:
     model = tiny("llama")
-    model.activation_checkpointing_enable({"use_reentrant": False})
+    model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
     with pytest.raises(ValueError, match="gradient checkpointing re-runs attention in backward"), using(model, "dense"):
         pass

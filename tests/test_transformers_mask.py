@@ -81,7 +81,7 @@ def test_two_gaps_raise() -> None:
 def test_static_cache(extra: dict, with_padding: bool) -> None:
     """K is a buffer longer than the sequence, and the offset may be a tensor."""
     attention_mask = padding([12, 9], "left").bool() if with_padding else None
-    assert check(12, 30, attention_mask=attention_mask, **extra).shape[1] == 2
+    assert check(12, 30, attention_mask=attention_mask, **extra).shape[1] == 1
     for length in (1, 4):
         now = None if attention_mask is None else torch.nn.functional.pad(attention_mask, (0, length), value=True)
         check(length, 30, q_offset=torch.tensor(12), attention_mask=now, **extra)
@@ -141,6 +141,11 @@ def test_masks_that_are_not_intervals_raise() -> None:
 
     with pytest.raises(NotImplementedError, match="not one interval"):
         key_ranges_mask(2, 20, 20, mask_function=even_keys, allow_is_causal_skip=False)
+
+
+def test_cache_that_drops_needed_keys_raises() -> None:
+    with pytest.raises(NotImplementedError, match="fewer than the 6 queries"):
+        key_ranges_mask(2, 6, 10, q_offset=20, kv_offset=0)
 
 
 def test_custom_mask_functions_raise() -> None:

@@ -156,7 +156,7 @@ def test_gradient_checkpointing_forward(reentrant: bool) -> None:
     theirs, ours = pair("llama")
     input_ids = tokens(2, LENGTH)
     expected = logits(theirs, input_ids)
-    ours.activation_checkpointing_enable({"use_reentrant": reentrant})
+    ours.gradient_checkpointing_enable({"use_reentrant": reentrant})
     ours.train()
     torch.testing.assert_close(logits(ours, input_ids), expected, **CLOSE)
     torch.testing.assert_close(ours(input_ids).logits, expected, **CLOSE)

@@ -86,8 +86,8 @@ def attention_forward(
 def _predicate(key_ranges: Tensor | None, is_causal: bool, sliding_window: int | None) -> dict[str, Any]:
     """What dense attention of this layer sees, as fields of an `AttentionContext`."""
     if key_ranges is not None:
-        # Two ranges a row: K may reach beyond the last query, whose last range tells where it stands.
-        seqused_k = key_ranges[:, -1, -1, 1].contiguous() if is_causal and key_ranges.shape[1] == 2 else None
+        # K may reach beyond the last query, whose last range ends behind its own key.
+        seqused_k = key_ranges[:, -1, -1, 1].contiguous() if is_causal else None
         return {"causal": is_causal, "key_ranges": key_ranges, "seqused_k": seqused_k}
     if sliding_window is None:
         return {"causal": is_causal}
@@ -139,7 +139,7 @@ def _sparse(
 ) -> Tensor:
     pattern = policy.select(query, key, context)
     if type(policy).attend is Policy.attend:
-        out, _ = pattern.attend(query, key, value, context)
+        out, _ = pattern.attend(query, key, value)
     else:
         out, _ = policy.attend(query, key, value, context)
     if counts is not None:
@@ -157,12 +157,10 @@ def _with_rope(
         )
     seqlen_q, seqlen_k = query.shape[2], key.shape[2]
     if seqlen_q < seqlen_k and context.key_ranges is not None and context.key_ranges.shape[1] == 2:
-        begin, end = context.key_ranges[:, 0].unbind(-1)
-        if torch.compiler.is_compiling() or bool((begin < end).any()):
-            raise NotImplementedError(
-                "longctx: a policy that needs RoPE cannot tell the positions of cached keys before a gap of padding; "
-                "pad the first turn on the left, or use another policy"
-            )
+        raise NotImplementedError(
+            "longctx: a policy that needs RoPE cannot tell the positions of cached keys before a gap of padding; pad "
+            "the first turn on the left, or use another policy"
+        )
     positions = key_positions(position_ids, query.shape[0], seqlen_k, context.seqused_k)
     return dataclasses.replace(context, rope=rope, positions=positions)
 

@@ -13,7 +13,7 @@ from longctx.integrations.transformers.attention import FORWARD_STATE, STATE, La
 from longctx.integrations.transformers.registration import NAME
 from longctx.integrations.transformers.rope import find_rope
 from longctx.integrations.transformers.stats import LayerStats, Stats
-from longctx.prefill import Policy, get_policy
+from longctx.prefill import AttentionContext, PerLayer, Policy, get_policy
 
 # Where the text model keeps the implementation that `remove` restores.
 PREVIOUS = "_longctx_previous"
@@ -44,7 +44,7 @@ def apply(model: PreTrainedModel, policy: str | Policy, *, min_seqlen_q: int = 1
         raise ValueError(f"longctx: `min_seqlen_q` must be at least 1; got {min_seqlen_q}")
     policy = get_policy(policy)
     text_model, layers = _text_model(model), _attention_layers(model)
-    per_layer = {name: policy_of_layer(policy, module) for name, module in layers.items()}
+    per_layer = {name: _policy_of(policy, module) for name, module in layers.items()}
     needs_rope = {name: "rope" in layer_policy.needs for name, layer_policy in per_layer.items()}
     rope = find_rope(text_model) if any(needs_rope.values()) else None
 
@@ -85,7 +85,7 @@ def using(
         text_model.config._attn_implementation != NAME
         and torch.is_grad_enabled()
         and model.training
-        and model.is_gradient_checkpointing
+        and any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
     ):
         raise ValueError(
             "longctx: gradient checkpointing re-runs attention in backward, when the `with` block may be over; use "
@@ -123,7 +123,10 @@ def stats(model: PreTrainedModel) -> Stats:
     return Stats(tuple(layers))
 
 
-def policy_of_layer(policy: Policy, module: nn.Module) -> Policy:
+def _policy_of(policy: Policy, module: nn.Module) -> Policy:
+    """What a policy that differs between layers does in this one."""
+    while isinstance(policy, PerLayer):
+        policy = policy.policy_of(AttentionContext(layer_idx=getattr(module, "layer_idx", None)))
     return policy
 
 
@@ -147,5 +150,5 @@ def _attention_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
         and getattr(module, "config", None) is text_config
     }
     if not layers:
-        raise ValueError(f"longctx: found no attention layers in {type(model).__name__}")
+        raise ValueError(f"longctx: found no attention layers in {type(model).__name__} that transformers' AttentionInterface serves")
     return layers
