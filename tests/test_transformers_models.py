@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from longctx.integrations.transformers import apply, stats
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, StaticCache
+
+from longctx.integrations.transformers import apply, stats
 from transformers_models import NAMES, WINDOW, padding, tiny, tokens
 
 LENGTH = 50  # three windows

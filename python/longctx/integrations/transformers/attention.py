@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from longctx.integrations.transformers.mask import is_key_ranges
 from longctx.integrations.transformers.rope import Rope, key_positions
 from longctx.integrations.transformers.stats import LayerCounts
-from longctx.ops import attention
 from longctx.prefill import AttentionContext, Dense, Policy
 
 # Where a layer keeps its state. A plain attribute survives deepcopy and torch.compile, and is not saved.
@@ -123,10 +122,9 @@ def _why_dense(state: LayerState | None, is_causal: bool, seqlen_q: int) -> str:
 
 
 def _dense(query: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> Tensor:
-    options = context.options()
-    if context.key_ranges is not None:
-        options.update(causal=False, seqused_k=None)  # the ranges already end where they must
-    return attention(query, key, value, **options)[0]
+    if context.key_ranges is not None:  # which already end where they must
+        context = dataclasses.replace(context, causal=False, seqused_k=None)
+    return Dense().attend(query, key, value, context)[0]
 
 
 def _sparse(
@@ -139,7 +137,7 @@ def _sparse(
 ) -> Tensor:
     pattern = policy.select(query, key, context)
     if type(policy).attend is Policy.attend:
-        out, _ = pattern.attend(query, key, value)
+        out, _ = pattern.attend(query, key, value, context)
     else:
         out, _ = policy.attend(query, key, value, context)
     if counts is not None:
@@ -196,6 +194,4 @@ def _refuse(
         )
     for name in UNSUPPORTED:
         if kwargs.get(name) is not None:
-            raise NotImplementedError(
-                f"longctx: `{name}` is not supported; use `attn_implementation='eager'`"
-            )
+            raise NotImplementedError(f"longctx: `{name}` is not supported; use `attn_implementation='eager'`")

@@ -70,11 +70,7 @@ def key_ranges_mask(
         )
     ends_with_query = isinstance(q_offset, int) and q_offset - kv_offset + q_length == kv_length
     present = None if attention_mask is None else _present_keys(attention_mask, kv_length, kv_offset)
-    if (
-        present is not None
-        and not torch.compiler.is_compiling()
-        and _no_padding(present, q_offset, kv_offset, q_length)
-    ):
+    if present is not None and ends_with_query and not torch.compiler.is_compiling() and bool(present.all()):
         present = None
     open_window = mask_function is causal_mask_function or (
         allow_is_causal_skip and local_size is not None and kv_offset == 0 and kv_length <= local_size
@@ -84,9 +80,7 @@ def key_ranges_mask(
 
     rows = torch.arange(q_length, device=device)[None] + q_offset
     own = rows - kv_offset  # each query's own key, for a causal mask
-    begin, end = _intervals(
-        mask_function, batch_size, rows, own.clamp(0, kv_length - 1), kv_length, kv_offset, causal
-    )
+    begin, end = _intervals(mask_function, batch_size, rows, own.clamp(0, kv_length - 1), kv_length, kv_offset, causal)
     if present is None:
         return torch.stack([begin, end], dim=-1)[:, None].int()
     if not causal:

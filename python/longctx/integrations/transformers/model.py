@@ -13,7 +13,7 @@ from longctx.integrations.transformers.attention import FORWARD_STATE, STATE, La
 from longctx.integrations.transformers.registration import NAME
 from longctx.integrations.transformers.rope import find_rope
 from longctx.integrations.transformers.stats import LayerStats, Stats
-from longctx.prefill import AttentionContext, PerLayer, Policy, get_policy
+from longctx.prefill import PerLayer, Policy, get_policy
 
 # Where the text model keeps the implementation that `remove` restores.
 PREVIOUS = "_longctx_previous"
@@ -76,9 +76,7 @@ def remove(model: PreTrainedModel) -> PreTrainedModel:
 
 
 @contextmanager
-def using(
-    model: PreTrainedModel, policy: str | Policy, *, min_seqlen_q: int = 1024
-) -> Iterator[PreTrainedModel]:
+def using(model: PreTrainedModel, policy: str | Policy, *, min_seqlen_q: int = 1024) -> Iterator[PreTrainedModel]:
     """`apply` inside a `with` block; afterwards the model is as it was. Read `stats(model)` inside the block."""
     text_model, layers = _text_model(model), _attention_layers(model)
     if (
@@ -117,16 +115,14 @@ def stats(model: PreTrainedModel) -> Stats:
             layer_idx = getattr(module, "layer_idx", None)
             layers.append(LayerStats.of(name, layer_idx, state.policy.name, state.counts))
     if not layers:
-        raise ValueError(
-            "longctx: no policy is applied to this model; call longctx.apply(model, policy) first"
-        )
+        raise ValueError("longctx: no policy is applied to this model; call longctx.apply(model, policy) first")
     return Stats(tuple(layers))
 
 
 def _policy_of(policy: Policy, module: nn.Module) -> Policy:
     """What a policy that differs between layers does in this one."""
     while isinstance(policy, PerLayer):
-        policy = policy.policy_of(AttentionContext(layer_idx=getattr(module, "layer_idx", None)))
+        policy = policy.policy_of(getattr(module, "layer_idx", None))
     return policy
 
 
@@ -150,5 +146,5 @@ def _attention_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
         and getattr(module, "config", None) is text_config
     }
     if not layers:
-        raise ValueError(f"longctx: found no attention layers in {type(model).__name__} that transformers' AttentionInterface serves")
+        raise ValueError(f"longctx: {type(model).__name__} has no layers that transformers' AttentionInterface serves")
     return layers
