@@ -45,9 +45,7 @@ def _maps(
         yield b, first_row, blocks, visible
 
 
-def _choose(
-    scores: dict[Entry, float], forced: set[Entry], method: str, value: float, num_entries: int
-) -> list[Entry]:
+def _choose(scores: dict[Entry, float], forced: set[Entry], method: str, value: float, num_entries: int) -> list[Entry]:
     """The entries that one cut over `scores` keeps beside the forced ones, best first."""
     order = sorted(scores, key=lambda entry: (-scores[entry], entry))
     candidates = [e for e in order if e not in forced and scores[e] > -math.inf]
