@@ -191,16 +191,10 @@ INVALID_SEQUENCES = {
     "cu_seqlens_q ends early": Invalid("packed", "cu_seqlens_q", int32(0, 0, 17, 22, 22, 45, 49)),
     "cu_seqlens_k negative": Invalid("packed", "cu_seqlens_k", int32(-1, 4, 34, 37, 37, 70, 70)),
     "cu_seqlens_k falls": Invalid("packed", "cu_seqlens_k", int32(0, 4, 34, 30, 37, 70, 70)),
-    "key_ranges negative": Invalid(
-        "all_options", "key_ranges", torch.full((2, 2, 37, 2), -1).int() + int32(0, 3)
-    ),
-    "key_ranges past the keys": Invalid(
-        "all_options", "key_ranges", torch.full((2, 1, 37, 2), 75).int() + int32(0, 1)
-    ),
+    "key_ranges negative": Invalid("all_options", "key_ranges", torch.full((2, 2, 37, 2), -1).int() + int32(0, 3)),
+    "key_ranges past the keys": Invalid("all_options", "key_ranges", torch.full((2, 1, 37, 2), 75).int() + int32(0, 1)),
 }
-BLOCKS_ALL_OPTIONS = with_blocks(
-    all_options, block_size_q=16, block_size_k=8, pattern_heads=3, pattern_batch=2
-)
+BLOCKS_ALL_OPTIONS = with_blocks(all_options, block_size_q=16, block_size_k=8, pattern_heads=3, pattern_batch=2)
 
 
 def edited(argument: str, index: tuple[int, ...], value: int) -> Invalid:
@@ -214,9 +208,7 @@ INVALID_BLOCKS = {
     "block_indices not ascending": edited("block_indices", (0,), 9),
     "block_indices negative": edited("block_indices", (0,), -1),
     "block_indices past the keys": edited("block_indices", (0,), 10),
-    "block_indices twice": edited(
-        "block_indices", (1,), int(BLOCKS_ALL_OPTIONS(torch.float32)["block_indices"][0])
-    ),
+    "block_indices twice": edited("block_indices", (1,), int(BLOCKS_ALL_OPTIONS(torch.float32)["block_indices"][0])),
     "block_indptr falls": edited("block_indptr", (0, 0, 1), 10_000),
     "block_indptr negative": edited("block_indptr", (0, 0, 0), -1),
     "block_indptr past the capacity": edited("block_indptr", (1, 2, 3), 10_000),
