@@ -278,6 +278,6 @@ def test_bad_values_stay_inside_the_tensors() -> None:
         assert int(indices.max()) < 5
     for used in (-5, 2**31 - 1):
         longctx.select_blocks(scores, **GOOD, seqused_k=torch.tensor([used], dtype=torch.int32))
+    bad = torch.tensor([0, 9, 3], dtype=torch.int32)
     with pytest.raises(ValueError, match="`cu_seqlens_q` must be non-decreasing"):
-        bad = torch.tensor([0, 9, 3], dtype=torch.int32)
         longctx.select_blocks(scores, **GOOD, cu_seqlens_q=bad, cu_seqlens_k=bad, validate=True)

@@ -96,7 +96,7 @@ def select_blocks(
     head_values = None
     if isinstance(value, Tensor):
         head_values, value = value.to(torch.float32).contiguous(), 0.0
-    return torch.ops.longctx.select_blocks(
+    blocks: tuple[Tensor, Tensor] = torch.ops.longctx.select_blocks(
         scores,
         method,
         float(value),
@@ -113,6 +113,7 @@ def select_blocks(
         cu_seqlens_k,
         seqused_k,
     )
+    return blocks
 
 
 def _fake(

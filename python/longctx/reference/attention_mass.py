@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -70,7 +72,7 @@ def attention_mass(
     by_key = probabilities.sum(dim=2)
     if segment_offsets is not None:
         ends = segment_offsets.tolist()
-        segments = [by_key[..., first:last].sum(dim=-1) for first, last in zip(ends, ends[1:], strict=False)]
+        segments = [by_key[..., first:last].sum(dim=-1) for first, last in pairwise(ends)]
         by_key = torch.stack(segments, dim=-1) if segments else by_key[..., :0]
     by_diagonal = by_key.new_zeros(batch, num_q_heads, max(seqlen_q + seqlen_k - 1, 0))
     for seq in sequences(batch, seqlen_q, seqlen_k, cu_seqlens_q, cu_seqlens_k, seqused_k):
