@@ -33,8 +33,10 @@ _EXTRA = {
     "qwen2": {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1},
     "qwen3": {"head_dim": 32},
     "mistral": {"sliding_window": WINDOW},
-    "phi3": {"sliding_window": WINDOW, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4,
-                                                           "partial_rotary_factor": 0.5}},
+    "phi3": {
+        "sliding_window": WINDOW,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+    },
     "gemma2": {"sliding_window": WINDOW, "head_dim": 16, "query_pre_attn_scalar": 16, "attn_logit_softcapping": 2.0},
     "gpt_oss": {"sliding_window": WINDOW, "head_dim": 16, "num_local_experts": 2, "num_experts_per_tok": 1},
 }

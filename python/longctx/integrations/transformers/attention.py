@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from longctx.integrations.transformers.mask import is_key_ranges
 from longctx.integrations.transformers.rope import Rope, key_positions
 from longctx.integrations.transformers.stats import LayerCounts
-from longctx.ops import attention
 from longctx.prefill import AttentionContext, Dense, Policy
 
 # Where a layer keeps its state. A plain attribute survives deepcopy and torch.compile, and is not saved.
@@ -86,8 +85,8 @@ def attention_forward(
 def _predicate(key_ranges: Tensor | None, is_causal: bool, sliding_window: int | None) -> dict[str, Any]:
     """What dense attention of this layer sees, as fields of an `AttentionContext`."""
     if key_ranges is not None:
-        # Two ranges a row: K may reach beyond the last query, whose last range tells where it stands.
-        seqused_k = key_ranges[:, -1, -1, 1].contiguous() if is_causal and key_ranges.shape[1] == 2 else None
+        # K may reach beyond the last query, whose last range ends behind its own key.
+        seqused_k = key_ranges[:, -1, -1, 1].contiguous() if is_causal else None
         return {"causal": is_causal, "key_ranges": key_ranges, "seqused_k": seqused_k}
     if sliding_window is None:
         return {"causal": is_causal}
@@ -123,10 +122,9 @@ def _why_dense(state: LayerState | None, is_causal: bool, seqlen_q: int) -> str:
 
 
 def _dense(query: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> Tensor:
-    options = context.options()
-    if context.key_ranges is not None:
-        options.update(causal=False, seqused_k=None)  # the ranges already end where they must
-    return attention(query, key, value, **options)[0]
+    if context.key_ranges is not None:  # which already end where they must
+        context = dataclasses.replace(context, causal=False, seqused_k=None)
+    return Dense().attend(query, key, value, context)[0]
 
 
 def _sparse(
@@ -157,12 +155,10 @@ def _with_rope(
         )
     seqlen_q, seqlen_k = query.shape[2], key.shape[2]
     if seqlen_q < seqlen_k and context.key_ranges is not None and context.key_ranges.shape[1] == 2:
-        begin, end = context.key_ranges[:, 0].unbind(-1)
-        if torch.compiler.is_compiling() or bool((begin < end).any()):
-            raise NotImplementedError(
-                "longctx: a policy that needs RoPE cannot tell the positions of cached keys before a gap of padding; "
-                "pad the first turn on the left, or use another policy"
-            )
+        raise NotImplementedError(
+            "longctx: a policy that needs RoPE cannot tell the positions of cached keys before a gap of padding; pad "
+            "the first turn on the left, or use another policy"
+        )
     positions = key_positions(position_ids, query.shape[0], seqlen_k, context.seqused_k)
     return dataclasses.replace(context, rope=rope, positions=positions)
 
@@ -198,6 +194,4 @@ def _refuse(
         )
     for name in UNSUPPORTED:
         if kwargs.get(name) is not None:
-            raise NotImplementedError(
-                f"longctx: `{name}` is not supported; use `attn_implementation='eager'`"
-            )
+            raise NotImplementedError(f"longctx: `{name}` is not supported; use `attn_implementation='eager'`")
