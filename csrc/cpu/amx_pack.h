@@ -28,13 +28,17 @@ constexpr int kParts<Float16> = 2;
 inline int64_t depth_steps(const StripShape& shape) { return (shape.head_dim + 31) / 32; }
 inline int64_t value_tiles(const StripShape& shape) { return (shape.head_dim_v + 15) / 16; }
 
-// x - bf16(x) for the 32 elements of which `high` holds the rounded values.
-inline __m512i low_part(__m512 x0, __m512 x1, __m512i high) {
-  const __m512i wide0 = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(high));
-  const __m512i wide1 = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(high, 1));
-  const __m512 rest0 = _mm512_sub_ps(x0, _mm512_castsi512_ps(_mm512_slli_epi32(wide0, 16)));
-  const __m512 rest1 = _mm512_sub_ps(x1, _mm512_castsi512_ps(_mm512_slli_epi32(wide1, 16)));
-  return (__m512i)_mm512_cvtne2ps_pbh(rest1, rest0);
+// The two halves of 32 bf16 in the order of a B operand: words 2 * i and 2 * i + 1.
+inline __m512 even_words(__m512i pairs) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
+}
+inline __m512 odd_words(__m512i pairs) {
+  return _mm512_castsi512_ps(_mm512_and_epi32(pairs, _mm512_set1_epi32(~0xffff)));
+}
+// The inverse, cutting off the lower half of each float.
+inline __m512i truncate_pairs(__m512 even, __m512 odd) {
+  return _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(_mm512_castps_si512(even), 16),
+                                 _mm512_castps_si512(odd));
 }
 
 // 32 elements, of which `mask` exist, as bf16 parts.
@@ -47,7 +51,10 @@ inline void load_parts(const void* from, __mmask32 mask, __m512i* parts) {
     const __m512 x0 = _mm512_cvtph_ps(_mm512_castsi512_si256(bits));
     const __m512 x1 = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(bits, 1));
     parts[0] = (__m512i)_mm512_cvtne2ps_pbh(x1, x0);
-    parts[1] = low_part(x0, x1, parts[0]);
+    const __m512i wide0 = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(parts[0]));
+    const __m512i wide1 = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(parts[0], 1));
+    parts[1] = (__m512i)_mm512_cvtne2ps_pbh(_mm512_sub_ps(x1, even_words(wide1)),
+                                            _mm512_sub_ps(x0, even_words(wide0)));
   }
 }
 

@@ -8,22 +8,23 @@ namespace {
 
 // 2^x to the relative error of the polynomial: 7e-5 for degree 3, 3e-6 for 4, 8e-8 for 5 (minimax
 // on [0, 1)). vreduceps leaves x - floor(x); vscalefps multiplies by 2^floor(x) and underflows to 0
-// by itself.
+// by itself. `factor` multiplies the result: a constant, so that it costs nothing.
 template <int kDegree>
-inline __m512 exp2_ps(__m512 x) {
+inline __m512 exp2_ps(__m512 x, float factor = 1.0f) {
   constexpr int kTowardsMinusInfinity = 1;
   const __m512 r = _mm512_reduce_ps(x, kTowardsMinusInfinity);
-  const auto step = [&r](__m512 p, float c) { return _mm512_fmadd_ps(p, r, _mm512_set1_ps(c)); };
+  const auto set = [factor](float c) { return _mm512_set1_ps(c * factor); };
+  const auto step = [&](__m512 p, float c) { return _mm512_fmadd_ps(p, r, set(c)); };
   __m512 p;
   if constexpr (kDegree == 3) {
-    p = step(_mm512_set1_ps(0.0780245215f), 0.226067156f);
+    p = step(set(0.0780245215f), 0.226067156f);
     p = step(step(p, 0.695833564f), 0.999925196f);
   } else if constexpr (kDegree == 4) {
-    p = step(_mm512_set1_ps(0.0135341678f), 0.0520114601f);
+    p = step(set(0.0135341678f), 0.0520114601f);
     p = step(step(step(p, 0.241442755f), 0.693003833f), 1.00000262f);
   } else {
     static_assert(kDegree == 5);
-    p = step(_mm512_set1_ps(0.00187757669f), 0.00898933969f);
+    p = step(set(0.00187757669f), 0.00898933969f);
     p = step(step(step(step(p, 0.0558263175f), 0.240153611f), 0.693153083f), 0.99999994f);
   }
   return _mm512_scalef_ps(p, x);

@@ -57,7 +57,11 @@ struct Rows {
 template <class In>
 struct AmxStrip {
   static constexpr int kNumParts = kParts<In>;
+  static constexpr int kNumProducts = kNumParts == 1 ? 1 : 3;
   static constexpr int kDegree = kNumParts == 1 ? 3 : 4;
+  // Probabilities are truncated to bf16, which costs half the instructions of rounding. Scaled up
+  // by the mean truncation first, they are as good as rounded ones.
+  static constexpr float kRoundUp = kNumParts == 1 ? 1.0028178f : 1.0f;
   static constexpr int kProbabilityTile = kNumParts * 2 * kTileBytes;  // [part][half] of 32 keys
 
   struct State {
@@ -137,21 +141,27 @@ struct AmxStrip {
     std::fill_n(state.reference, kStripRows, -kInf);
   }
 
-  // One depth step of 32 keys x 32 queries in tiles 0..3: three products for two parts.
+  // One depth step of 32 keys x 32 queries in tiles 0..3: three products for two parts. Calls
+  // between() after each tile product.
+  template <class Between>
   static void multiply_step(const Rows& k0, const Rows& k1, const char* queries, int64_t steps,
-                            int64_t step) {
-    for (int product = kNumParts == 1 ? 0 : 2; product >= 0; --product) {
+                            int64_t step, const Between& between) {
+    for (int product = kNumProducts - 1; product >= 0; --product) {
       const int k_part = product == 1 ? 1 : 0;
       const int q_part = product == 2 ? 1 : 0;
       const char* q = queries + (q_part * steps + step) * 2 * kTileBytes;
       _tile_loadd(6, q, kTileRow);
       _tile_loadd(4, k0.data + k_part * k0.part_stride + step * k0.step_stride, k0.stride);
       _tile_dpbf16ps(0, 4, 6);
+      between();
       _tile_loadd(7, q + kTileBytes, kTileRow);
       _tile_dpbf16ps(1, 4, 7);
+      between();
       _tile_loadd(5, k1.data + k_part * k1.part_stride + step * k1.step_stride, k1.stride);
       _tile_dpbf16ps(2, 5, 6);
+      between();
       _tile_dpbf16ps(3, 5, 7);
+      between();
     }
   }
 
@@ -171,13 +181,15 @@ struct AmxStrip {
   }
 
   // s = q k^T of key tile `tile`, [32 keys][32 queries].
+  template <class Between>
   static void score_tile(const StripShape& shape, const char* queries, const KeyChunk& chunk,
-                         const void* packed, int64_t tile, float* scores) {
+                         const void* packed, int64_t tile, float* scores, const Between& between) {
     const Rows k0 = key_rows(shape, chunk, packed, 2 * tile);
     const Rows k1 = key_rows(shape, chunk, packed, 2 * tile + 1);
     const int64_t steps = depth_steps(shape);
     zero_tiles();
-    for (int64_t step = 0; step < steps; ++step) multiply_step(k0, k1, queries, steps, step);
+    for (int64_t step = 0; step < steps; ++step)
+      multiply_step(k0, k1, queries, steps, step, between);
     store_scores(scores);
   }
 
@@ -190,26 +202,23 @@ struct AmxStrip {
         offset[half] = r;
         sums[half] = sums[2 + half] = _mm512_setzero_ps();
       }
-      alignas(64) static constexpr uint16_t kInterleave[32] = {
-          0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
-          8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-      interleave = _mm512_load_si512(kInterleave);
     }
 
     void pair(int index) {
       for (int half = 0; half < 2; ++half) {
         const float* s = scores + index * 2 * kStripRows + half * 16;
-        const __m512 p0 = exp2_ps<kDegree>(_mm512_fmsub_ps(_mm512_load_ps(s), scale, offset[half]));
+        const __m512 p0 = power(_mm512_fmsub_ps(_mm512_load_ps(s), scale, offset[half]));
         const __m512 p1 =
-            exp2_ps<kDegree>(_mm512_fmsub_ps(_mm512_load_ps(s + kStripRows), scale, offset[half]));
+            power(_mm512_fmsub_ps(_mm512_load_ps(s + kStripRows), scale, offset[half]));
         sums[half] = _mm512_add_ps(sums[half], p0);
         sums[2 + half] = _mm512_add_ps(sums[2 + half], p1);
-        const __m512i high = (__m512i)_mm512_cvtne2ps_pbh(p1, p0);
         char* row = probabilities + half * kTileBytes + index * kTileRow;
-        _mm512_store_si512(row, _mm512_permutexvar_epi16(interleave, high));
+        const __m512i high = truncate_pairs(p0, p1);
+        _mm512_store_si512(row, high);
         if constexpr (kNumParts == 2) {
-          const __m512i low = low_part(p0, p1, high);
-          _mm512_store_si512(row + 2 * kTileBytes, _mm512_permutexvar_epi16(interleave, low));
+          const __m512 rest0 = _mm512_sub_ps(p0, even_words(high));
+          const __m512 rest1 = _mm512_sub_ps(p1, odd_words(high));
+          _mm512_store_si512(row + 2 * kTileBytes, truncate_pairs(rest0, rest1));
         }
       }
     }
@@ -232,8 +241,9 @@ struct AmxStrip {
       }
     }
 
+    static __m512 power(__m512 x) { return exp2_ps<kDegree>(x, kRoundUp); }
+
     __m512 scale, offset[2], sums[4];
-    __m512i interleave;
     const float* scores;
     char* probabilities;
   };
@@ -309,7 +319,7 @@ struct AmxStrip {
         _tile_loadd(3, out + 3 * kTileBytes, kTileRow);
       }
       for (int i = 0; i < count; ++i) {
-        for (int product = kNumParts == 1 ? 0 : 2; product >= 0; --product) {
+        for (int product = kNumProducts - 1; product >= 0; --product) {
           const int v_part = product == 1 ? 1 : 0;
           const int p_part = product == 2 ? 1 : 0;
           const char* p = probabilities + i * kProbabilityTile + p_part * 2 * kTileBytes;
@@ -336,39 +346,59 @@ struct AmxStrip {
 
   static void accumulate(const StripShape& shape, const void* queries, const KeyChunk& chunk,
                          const void* packed, const ChunkMask& mask, void* memory) {
+    // Exponentials of two keys per tile product, so that both finish together.
+    const int64_t products = depth_steps(shape) * kNumProducts * 4;
+    if (products >= 16) return accumulate_with<1>(shape, queries, chunk, packed, mask, memory);
+    if (products >= 8) return accumulate_with<2>(shape, queries, chunk, packed, mask, memory);
+    accumulate_with<4>(shape, queries, chunk, packed, mask, memory);
+  }
+
+  template <int kPairsPerProduct>
+  static void accumulate_with(const StripShape& shape, const void* queries, const KeyChunk& chunk,
+                              const void* packed, const ChunkMask& mask, void* memory) {
     const State state(shape, memory);
     const char* q = static_cast<const char*>(queries);
     const char* values = static_cast<const char*>(packed) + key_bytes(shape);
-    alignas(64) float scores[kKeyTile * kStripRows];
+    alignas(64) float scores[2][kKeyTile * kStripRows];
     alignas(64) char probabilities[kGroupTiles * kProbabilityTile];
-    int tiles[kGroupTiles];
-    int count = 0;
-    const auto flush = [&] {
-      add_values(shape, values, tiles, count, probabilities, state);
-      count = 0;
-    };
+    int tiles[kChunkKeys / kKeyTile];
+    int num_tiles = 0;
     for (int tile = 0; tile < chunk.num_slots() / kKeyTile; ++tile) {
-      if (static_cast<Visibility>(mask.tiles[tile]) == Visibility::kNone) continue;
-      score_tile(shape, q, chunk, packed, tile, scores);
-      const float scale = adjust_scores(shape, mask, tile, scores);
-      Exponentials exponentials(scale, state.reference, scores,
-                                probabilities + count * kProbabilityTile);
-      for (int pair = 0; pair < 16; ++pair) exponentials.pair(pair);
+      if (static_cast<Visibility>(mask.tiles[tile]) != Visibility::kNone) tiles[num_tiles++] = tile;
+    }
+    int flushed = 0;
+    score_tile(shape, q, chunk, packed, tiles[0], scores[0], [] {});
+    for (int i = 0; i < num_tiles; ++i) {
+      float* s = scores[i % 2];
+      const float scale = adjust_scores(shape, mask, tiles[i], s);
+      char* p = probabilities + (i - flushed) * kProbabilityTile;
+      Exponentials exponentials(scale, state.reference, s, p);
+      int pair = 0;
+      const auto some_pairs = [&] {
+        if (pair == 16) return;
+        for (int n = 0; n < kPairsPerProduct; ++n) exponentials.pair(pair++);
+      };
+      if (i + 1 < num_tiles) {
+        score_tile(shape, q, chunk, packed, tiles[i + 1], scores[(i + 1) % 2], some_pairs);
+      }
+      while (pair < 16) some_pairs();
       if (!exponentials.commit(state.sum)) {
-        flush();
-        raise_references(shape, scale, scores, state);
+        add_values(shape, values, tiles + flushed, i - flushed, probabilities, state);
+        flushed = i;
+        raise_references(shape, scale, s, state);
         alignas(64) float safe[kStripRows];
         for (int half = 0; half < 2; ++half) {
           _mm512_store_ps(safe + half * 16, finite(_mm512_load_ps(state.reference + half * 16)));
         }
-        Exponentials again(scale, safe, scores, probabilities);
-        for (int pair = 0; pair < 16; ++pair) again.pair(pair);
+        Exponentials again(scale, safe, s, probabilities);
+        for (int n = 0; n < 16; ++n) again.pair(n);
         again.add(state.sum);
       }
-      tiles[count++] = tile;
-      if (count == kGroupTiles) flush();
+      if (i + 1 - flushed == kGroupTiles || i + 1 == num_tiles) {
+        add_values(shape, values, tiles + flushed, i + 1 - flushed, probabilities, state);
+        flushed = i + 1;
+      }
     }
-    flush();
   }
 
   static void finish(const StripShape& shape, void* memory, const float* sinks, int num_rows,
@@ -376,7 +406,7 @@ struct AmxStrip {
     const State state(shape, memory);
     alignas(64) float factor[kStripRows];
     for (int r = 0; r < kStripRows; ++r) {
-      const float sum = state.sum[r], reference = state.reference[r];
+      const float sum = state.sum[r] / kRoundUp, reference = state.reference[r];
       const bool empty = sum == 0.0f;
       double total = sum;
       if (sinks != nullptr && r < num_rows && !empty) {
@@ -435,7 +465,7 @@ struct AmxStrip {
         std::fill_n(p, kKeyTile * kStripRows, 0.0f);
         continue;
       }
-      score_tile(shape, static_cast<const char*>(queries), chunk, packed, tile, p);
+      score_tile(shape, static_cast<const char*>(queries), chunk, packed, tile, p, [] {});
       const __m512 scale = _mm512_set1_ps(adjust_scores(shape, mask, tile, p));
       for (int i = 0; i < kKeyTile * kStripRows; i += 16) {
         const __m512 r = _mm512_load_ps(reference + i % kStripRows);
@@ -450,7 +480,7 @@ struct AmxStrip {
                      const void* packed, void* s_t) {
     for (int64_t tile = 0; tile < chunk.num_slots() / kKeyTile; ++tile) {
       float* s = static_cast<float*>(s_t) + tile * kKeyTile * kStripRows;
-      score_tile(shape, static_cast<const char*>(queries), chunk, packed, tile, s);
+      score_tile(shape, static_cast<const char*>(queries), chunk, packed, tile, s, [] {});
       if (shape.softcap > 0) {
         cap_scores(shape, s, static_cast<float>(shape.softcap));
       } else {
