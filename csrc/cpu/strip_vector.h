@@ -16,7 +16,7 @@
 namespace longctx::cpu {
 namespace {
 
-// Calls f(Count<n>) for a run-time n in [1, kMax]; does nothing for 0.
+// Calls f(Count<n>) for a run-time n in [1, kMax].
 template <int kCount>
 struct Count {
   static constexpr int value = kCount;
@@ -32,19 +32,57 @@ inline void with_count(int64_t n, const F& f) {
   }
 }
 
+inline int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
+
 template <class In, class T>
 inline void widen_row(const In* from, int64_t n, T* to) {
   for (int64_t i = 0; i < n; ++i) to[i] = widen(from[i]);
 }
 
+// Transposes kLanes x kLanes elements: each round of zips rotates the bits of (row, lane) by one.
+template <class V, int kRounds = V::kLanes>
+inline void transpose(V (&x)[V::kLanes]) {
+  constexpr int kHalf = V::kLanes / 2;
+  V y[V::kLanes];
+#pragma GCC unroll 16
+  for (int i = 0; i < kHalf; ++i) zip(x[i], x[i + kHalf], y[2 * i], y[2 * i + 1]);
+#pragma GCC unroll 16
+  for (int i = 0; i < V::kLanes; ++i) x[i] = y[i];
+  if constexpr (kRounds > 2) transpose<V, kRounds / 2>(x);
+}
+
+// Brings the rows of the chunk that is packed next into the L2 cache, one key at a time.
+class Prefetcher {
+ public:
+  Prefetcher(const KeyChunk::Upcoming& upcoming, int64_t k_bytes, int64_t v_bytes)
+      : upcoming_(upcoming), k_bytes_(k_bytes), v_bytes_(v_bytes) {}
+  void next() {
+    if (upcoming_.begin >= upcoming_.end) return;
+    prefetch_row(upcoming_.chunk->k_rows[upcoming_.begin], k_bytes_);
+    prefetch_row(upcoming_.chunk->v_rows[upcoming_.begin], v_bytes_);
+    ++upcoming_.begin;
+  }
+
+ private:
+  static void prefetch_row(const void* row, int64_t bytes) {
+    for (int64_t i = 0; i < bytes; i += 64) {
+      __builtin_prefetch(static_cast<const char*>(row) + i, 0, 2);
+    }
+  }
+  KeyChunk::Upcoming upcoming_;
+  int64_t k_bytes_;
+  int64_t v_bytes_;
+};
+
 // T: what is computed in; In: the dtype of q, k, v and out.
 template <class T, class In>
 struct VectorStrip {
   using V = Vec<T>;
-  static constexpr int kVecs = kStripRows / V::kLanes;
+  static constexpr int kLanes = V::kLanes;
+  static constexpr int kVecs = kStripRows / kLanes;
   static constexpr int kBlockRows = V::kBlockRows;
   static constexpr int kBlockVecs = V::kBlockVecs;
-  static constexpr int kBlockLanes = kBlockVecs * V::kLanes;
+  static constexpr int kBlockLanes = kBlockVecs * kLanes;
   // Keys per softmax step: S^T, Q^T and O^T of head_dim 128 share the L1 cache.
   static constexpr int kStepTiles = 4;
   static constexpr int kStepKeys = kStepTiles * kKeyTile;
@@ -85,11 +123,19 @@ struct VectorStrip {
   static void pack_queries(const StripShape& shape, const void* const* rows, int num_rows,
                            void* queries) {
     T* q_t = static_cast<T*>(queries);
-    const T scale = static_cast<T>(shape.softmax_scale);
-    for (int r = 0; r < kStripRows; ++r) {
-      const In* row = r < num_rows ? static_cast<const In*>(rows[r]) : nullptr;
-      for (int64_t d = 0; d < shape.head_dim; ++d) {
-        q_t[d * kStripRows + r] = row != nullptr ? widen(row[d]) * scale : T(0);
+    const V scale = V::broadcast(static_cast<T>(shape.softmax_scale));
+    for (int64_t d = 0; d < shape.head_dim; d += kLanes) {
+      const int64_t cols = min_of(kLanes, shape.head_dim - d);
+      alignas(64) T tile[kStripRows][kLanes] = {};
+      for (int r = 0; r < num_rows; ++r) {
+        widen_row(static_cast<const In*>(rows[r]) + d, cols, tile[r]);
+      }
+      for (int r = 0; r < kStripRows; r += kLanes) {
+        V x[kLanes];
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i) x[i] = V::load(tile[r + i]) * scale;
+        transpose(x);
+        for (int i = 0; i < cols; ++i) x[i].store(q_t + (d + i) * kStripRows + r);
       }
     }
   }
@@ -123,30 +169,38 @@ struct VectorStrip {
     const State st(state);
     const T* q_t = static_cast<const T*>(queries);
     const int num_tiles = static_cast<int>(chunk.num_slots() / kKeyTile);
+    Prefetcher prefetcher(chunk.upcoming, sizeof(In) * shape.head_dim,
+                          sizeof(In) * shape.head_dim_v);
     alignas(64) T s_t[kStepKeys * kStripRows];
     for (int tile = 0; tile < num_tiles;) {
       const Step step = collect_step(shape, packed, mask, num_tiles, tile);
       if (step.count == 0) continue;
       // s = q k^T
-      score_rows(step.k_rows, step.count, q_t, shape.head_dim, s_t);
+      score_rows(step.k_rows, step.count, q_t, shape.head_dim, s_t, &prefetcher);
       if (shape.softcap > 0) apply_softcap(shape, step.count, s_t);
       // mask
       if (step.masked) mask_scores(step, s_t);
       // softmax update
       update_softmax(shape, step.count, s_t, st);
       // acc += p v
-      add_values(step.v_rows, step.count, s_t, shape.head_dim_v, st.out_t);
+      add_values(step.v_rows, step.count, s_t, shape.head_dim_v, st.out_t, &prefetcher);
     }
   }
 
   static void finish(const StripShape& shape, void* state, const float* sinks, int num_rows,
                      void* const* out_rows, void* lse) {
     const State st(state);
+    alignas(64) T factors[kStripRows] = {};
+    uint32_t seen = 0;  // bit r: row r saw a key
     for (int r = 0; r < num_rows; ++r) {
       const T row_max = st.row_max[r];
       const T sum = st.row_sum[r];
-      const bool empty = sum == 0;
-      static_cast<T*>(lse)[r] = empty ? -kInf : static_cast<T>(row_max + ::log(sum));
+      if (sum == 0) {
+        static_cast<T*>(lse)[r] = -kInf;
+        continue;
+      }
+      seen |= 1u << r;
+      static_cast<T*>(lse)[r] = static_cast<T>(row_max + ::log(sum));
       // The sink joins the denominator; both are taken relative to the larger of the two maxima.
       double scale = 1;
       double denominator = sum;
@@ -155,10 +209,24 @@ struct VectorStrip {
         scale = ::exp(row_max - top);
         denominator = sum * scale + ::exp(sinks[r] - top);
       }
-      const T factor = empty ? T(0) : static_cast<T>(scale / denominator);
-      In* out = static_cast<In*>(out_rows[r]);
-      for (int64_t d = 0; d < shape.head_dim_v; ++d) {
-        narrow(empty ? T(0) : st.out_t[d * kStripRows + r] * factor, out[d]);
+      factors[r] = static_cast<T>(scale / denominator);
+    }
+    for (int64_t d = 0; d < shape.head_dim_v; d += kLanes) {
+      const int64_t cols = min_of(kLanes, shape.head_dim_v - d);
+      for (int r = 0; r < num_rows; r += kLanes) {
+        V x[kLanes];
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i) {
+          const T* out = st.out_t + (d + (i < cols ? i : 0)) * kStripRows + r;
+          x[i] = select(seen >> r, V::load(out) * V::load(factors + r), V::broadcast(0));
+        }
+        transpose(x);
+        for (int i = 0; i < min_of(kLanes, num_rows - r); ++i) {
+          alignas(64) T row[kLanes];
+          x[i].store(row);
+          In* out = static_cast<In*>(out_rows[r + i]) + d;
+          for (int64_t j = 0; j < cols; ++j) narrow(row[j], out[j]);
+        }
       }
     }
   }
@@ -187,7 +255,7 @@ struct VectorStrip {
       for (int i = 0; i < kKeyTile; ++i, p += kStripRows) {
         uint32_t visible = visibility == Visibility::kNone ? 0 : live_rows;
         if (visibility == Visibility::kPartial) visible &= mask.visible[tile * kKeyTile + i];
-        for (int j = 0; j < kStripRows; j += V::kLanes) {
+        for (int j = 0; j < kStripRows; j += kLanes) {
           const V x = exp(V::load(p + j) - V::load(safe_lse + j));
           select(visible >> j, x, V::broadcast(0)).store(p + j);
         }
@@ -241,15 +309,23 @@ struct VectorStrip {
     return step;
   }
 
+  // Calls block(Count<rows>, first) on blocks of nearly equal size that cover [0, count).
+  template <class Block>
+  static void for_each_block(int64_t count, const Block& block) {
+    const int64_t num_blocks = (count + kBlockRows - 1) / kBlockRows;
+    for (int64_t b = 0; b < num_blocks; ++b) {
+      const int64_t first = count * b / num_blocks;
+      with_count<kBlockRows>(count * (b + 1) / num_blocks - first,
+                             [&](auto rows) { block(rows, first); });
+    }
+  }
+
   // s_t[i][row] = k_rows[i] . q[row]
   static void score_rows(const T* const* k_rows, int count, const T* q_t, int64_t head_dim,
-                         T* s_t) {
-    int i = 0;
-    for (; i + kBlockRows <= count; i += kBlockRows) {
-      score_block<kBlockRows>(k_rows + i, q_t, head_dim, s_t + i * kStripRows);
-    }
-    with_count<kBlockRows - 1>(count - i, [&](auto rest) {
-      score_block<decltype(rest)::value>(k_rows + i, q_t, head_dim, s_t + i * kStripRows);
+                         T* s_t, Prefetcher* prefetcher = nullptr) {
+    for_each_block(count, [&](auto rows, int64_t i) {
+      score_block<decltype(rows)::value>(k_rows + i, q_t, head_dim, s_t + i * kStripRows);
+      if (prefetcher != nullptr) prefetcher->next();
     });
   }
 
@@ -269,7 +345,7 @@ struct VectorStrip {
       for (int64_t d = 0; d < head_dim; ++d, q += kStripRows) {
         V x[kBlockVecs];
         #pragma GCC unroll 16
-        for (int j = 0; j < kBlockVecs; ++j) x[j] = V::load(q + j * V::kLanes);
+        for (int j = 0; j < kBlockVecs; ++j) x[j] = V::load(q + j * kLanes);
         #pragma GCC unroll 16
         for (int n = 0; n < kRows; ++n) {
           const V key = V::broadcast(k[n][d]);
@@ -281,7 +357,7 @@ struct VectorStrip {
       for (int n = 0; n < kRows; ++n) {
         #pragma GCC unroll 16
         for (int j = 0; j < kBlockVecs; ++j) {
-          acc[n][j].store(s_t + n * kStripRows + lane + j * V::kLanes);
+          acc[n][j].store(s_t + n * kStripRows + lane + j * kLanes);
         }
       }
     }
@@ -289,13 +365,10 @@ struct VectorStrip {
 
   // out_t[d][row] += sum_i v_rows[i][d] * p_t[i][row]
   static void add_values(const T* const* v_rows, int count, const T* p_t, int64_t head_dim_v,
-                         T* out_t) {
-    int64_t d = 0;
-    for (; d + kBlockRows <= head_dim_v; d += kBlockRows) {
-      value_block<kBlockRows>(v_rows, count, p_t, d, out_t + d * kStripRows);
-    }
-    with_count<kBlockRows - 1>(head_dim_v - d, [&](auto rest) {
-      value_block<decltype(rest)::value>(v_rows, count, p_t, d, out_t + d * kStripRows);
+                         T* out_t, Prefetcher* prefetcher) {
+    for_each_block(head_dim_v, [&](auto rows, int64_t d) {
+      value_block<decltype(rows)::value>(v_rows, count, p_t, d, out_t + d * kStripRows);
+      prefetcher->next();
     });
   }
 
@@ -314,7 +387,7 @@ struct VectorStrip {
       for (int i = 0; i < count; ++i, p += kStripRows) {
         V x[kBlockVecs];
         #pragma GCC unroll 16
-        for (int j = 0; j < kBlockVecs; ++j) x[j] = V::load(p + j * V::kLanes);
+        for (int j = 0; j < kBlockVecs; ++j) x[j] = V::load(p + j * kLanes);
         const T* v = v_rows[i] + d;
         #pragma GCC unroll 16
         for (int n = 0; n < kRows; ++n) {
@@ -327,7 +400,7 @@ struct VectorStrip {
       for (int n = 0; n < kRows; ++n) {
         #pragma GCC unroll 16
         for (int j = 0; j < kBlockVecs; ++j) {
-          T* out = out_t + n * kStripRows + lane + j * V::kLanes;
+          T* out = out_t + n * kStripRows + lane + j * kLanes;
           (V::load(out) + acc[n][j]).store(out);
         }
       }
@@ -337,7 +410,7 @@ struct VectorStrip {
   static void apply_softcap(const StripShape& shape, int count, T* s_t) {
     const V cap = V::broadcast(static_cast<T>(shape.softcap));
     const V inverse = V::broadcast(static_cast<T>(1 / shape.softcap));
-    for (int i = 0; i < count * kStripRows; i += V::kLanes) {
+    for (int i = 0; i < count * kStripRows; i += kLanes) {
       (cap * tanh(V::load(s_t + i) * inverse)).store(s_t + i);
     }
   }
@@ -345,7 +418,7 @@ struct VectorStrip {
   static void mask_scores(const Step& step, T* s_t) {
     for (int i = 0; i < step.count; ++i, s_t += kStripRows) {
       if (step.visible[i] == ~0u) continue;
-      for (int j = 0; j < kStripRows; j += V::kLanes) {
+      for (int j = 0; j < kStripRows; j += kLanes) {
         select(step.visible[i] >> j, V::load(s_t + j), V::broadcast(-kInf)).store(s_t + j);
       }
     }
@@ -354,14 +427,14 @@ struct VectorStrip {
   // Turns s into exp(s - row_max) in place; rescales the state where a row's maximum has grown.
   static void update_softmax(const StripShape& shape, int count, T* s_t, const State& st) {
     V row_max[kVecs];
-    for (int j = 0; j < kVecs; ++j) row_max[j] = V::load(st.row_max + j * V::kLanes);
+    for (int j = 0; j < kVecs; ++j) row_max[j] = V::load(st.row_max + j * kLanes);
     for (int i = 0; i < count; ++i) {
       for (int j = 0; j < kVecs; ++j) {
-        row_max[j] = max(V::load(s_t + i * kStripRows + j * V::kLanes), row_max[j]);
+        row_max[j] = max(V::load(s_t + i * kStripRows + j * kLanes), row_max[j]);
       }
     }
     for (int j = 0; j < kVecs; ++j) {
-      const int lane = j * V::kLanes;
+      const int lane = j * kLanes;
       const V old_max = V::load(st.row_max + lane);
       // A row that has seen nothing has maximum -inf: subtract a finite number instead.
       const V safe_max = max(row_max[j], V::broadcast(std::numeric_limits<T>::lowest()));

@@ -44,6 +44,13 @@ struct Vec<float> {
   friend Vec select_less(Vec x, Vec y, Vec a, Vec b) {
     return {_mm256_blendv_ps(b.v, a.v, _mm256_cmp_ps(x.v, y.v, _CMP_LT_OQ))};
   }
+  // a0 b0 a1 b1 ...
+  friend void zip(Vec a, Vec b, Vec& low, Vec& high) {
+    const __m256 even = _mm256_unpacklo_ps(a.v, b.v);
+    const __m256 odd = _mm256_unpackhi_ps(a.v, b.v);
+    low.v = _mm256_permute2f128_ps(even, odd, 0x20);
+    high.v = _mm256_permute2f128_ps(even, odd, 0x31);
+  }
   // Adds floor(t) to the exponent of 2^fraction. Results below 2^-126 are 0, above 2^127 they stay
   // there; the operand order of min and max lets a NaN through.
   friend Vec exp(Vec x) {
