@@ -21,8 +21,8 @@ class AShape(Policy):
     """Every query sees the first `num_sink_tokens` keys and the last `window_size` keys, itself included.
 
     Under `key_ranges` the sinks are the first keys that the query may see, so that padding on the left or an earlier
-    document cannot use them up. Where padding splits what a query sees into two ranges, a window that reaches across
-    the gap shows all of the first.
+    document cannot use them up. Where padding splits what a query sees into two ranges, sinks end with the first, and a
+    window that reaches across the gap shows all of it.
     """
 
     name: ClassVar[str] = "ashape"

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from longctx.ops import attention, attention_mass, block_scores, select_blocks
-from longctx.prefill.grid import Rows, Sequences, Shape, ceil_div, token_intervals, visible_tiles
+from longctx.prefill.grid import Rows, Sequences, Shape, ceil_div, first_visible, token_intervals, visible_tiles
 from longctx.prefill.policy import AttentionContext, Pattern, Policy
 
 
@@ -47,7 +47,7 @@ class FlexPrefill(Policy):
     def select(self, q: Tensor, k: Tensor, context: AttentionContext) -> Pattern:
         self._require_causal(context)
         shape = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
-        blocks = {"block_size_q": self.block_size, "block_size_k": self.block_size}
+        blocks: dict[str, Any] = {"block_size_q": self.block_size, "block_size_k": self.block_size}
         rows = Rows.of(Sequences.of(context, shape, q.device), shape[2], self.block_size)
         visible = visible_tiles(context, shape, rows, **blocks)[:, None]
         probe = Probe.of(q, k, context, self.block_size)
@@ -61,8 +61,7 @@ class FlexPrefill(Policy):
         min_blocks = ceil_div(self.min_budget, self.block_size)
         columns, diagonals = keep_mass(vertical, gamma, min_blocks), keep_mass(slash, gamma, min_blocks)
         diagonals[..., :1] = True
-        first = visible & (visible.cumsum(-1) == 1)
-        tiles = first | vertical_slash_tiles(columns, diagonals, rows, self.block_size)
+        tiles = first_visible(visible) | vertical_slash_tiles(columns, diagonals, rows, self.block_size)
 
         # Query-aware; the map of any other head is empty.
         block_map = block_scores(q, k, **blocks, softmax_scale=context.softmax_scale, **context.lengths())
@@ -126,7 +125,7 @@ class Probe:
 
     def block_map(self, k: Tensor) -> Tensor:
         """The same share of each key block, as predicted by block means: float32 [num_seqs, heads, num_k_blocks]."""
-        blocks = {"block_size_q": self.block_size, "block_size_k": self.block_size}
+        blocks: dict[str, Any] = {"block_size_q": self.block_size, "block_size_k": self.block_size}
         scores = block_scores(self.q, k, **blocks, softmax_scale=self.context.softmax_scale, **self.context.lengths())
         seqs = self._sequences(k)
         rows = Rows.of(seqs, self.q.shape[2], self.block_size)

@@ -159,6 +159,11 @@ def visible_tiles(predicate: Predicate, shape: Shape, rows: Rows, block_size_q: 
     return ((block >= begin) & (block < end)).any(1)
 
 
+def first_visible(visible: Tensor, count: int = 1) -> Tensor:
+    """The first `count` tiles that each row sees, where attention sinks live whatever the padding: bool."""
+    return visible & (visible.cumsum(-1) <= count)
+
+
 def count_blocks(intervals: Tensor) -> Tensor:
     """Length of the union of each row's intervals: [batch, n, num_rows, 2] -> int64 [batch, num_rows]."""
     begin, end = intervals.unbind(-1)

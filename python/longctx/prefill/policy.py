@@ -90,7 +90,7 @@ class Pattern(Predicate):
     @classmethod
     def of_tiles(cls, q: Tensor, k: Tensor, context: AttentionContext, tiles: Tensor, block_size: int) -> Pattern:
         """The pattern that visits the tiles set in a bool map [batch, heads, num_q_blocks, num_k_blocks]."""
-        blocks = {"block_size_q": block_size, "block_size_k": block_size}
+        blocks: dict[str, Any] = {"block_size_q": block_size, "block_size_k": block_size}
         options = context.list_options(q, k)
         indptr, indices = select_blocks(tiles.float(), method="threshold", value=0.5, **blocks, **options)
         return cls.of(q, k, context, block_indptr=indptr, block_indices=indices, **blocks)

@@ -6,12 +6,12 @@ Xu et al., "XAttention: Block Sparse Attention with Antidiagonal Scoring" (ICML 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from longctx.ops import block_scores, select_blocks
-from longctx.prefill.grid import Rows, Sequences, visible_tiles
+from longctx.prefill.grid import Rows, Sequences, first_visible, visible_tiles
 from longctx.prefill.policy import AttentionContext, Pattern, Policy
 
 
@@ -37,11 +37,15 @@ class XAttention(Policy):
     def select(self, q: Tensor, k: Tensor, context: AttentionContext) -> Pattern:
         self._require_causal(context)
         shape = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
-        blocks = {"block_size_q": self.block_size, "block_size_k": self.block_size}
+        blocks: dict[str, Any] = {"block_size_q": self.block_size, "block_size_k": self.block_size}
         rows = Rows.of(Sequences.of(context, shape, q.device), shape[2], self.block_size)
         visible = visible_tiles(context, shape, rows, **blocks)[:, None]
         options = {"softmax_scale": context.softmax_scale, **context.lengths()}
         scores = block_scores(q, k, **blocks, method="antidiagonal", stride=self.stride, **options) * visible
         options = {**blocks, **context.list_options(q, k), "method": "cumulative", "value": self.threshold}
         indptr, indices = select_blocks(scores, num_first=1, num_local=1, **options)
-        return Pattern.of(q, k, context, block_indptr=indptr, block_indices=indices, **blocks)
+        pattern = Pattern.of(q, k, context, block_indptr=indptr, block_indices=indices, **blocks)
+        if context.key_ranges is None:
+            return pattern
+        # The first block of the axis may be padding; the first of what a row sees takes its part.
+        return Pattern.of_tiles(q, k, context, pattern.to_tiles() | first_visible(visible), self.block_size)
