@@ -96,14 +96,13 @@ def path_of(facts: dict[str, Any], shape: tuple[int, int, int, int], num_kv_head
 
     import longctx
 
-    batch, _, seqlen, head_dim = shape
+    batch, num_q_heads, seqlen, head_dim = shape
     tensor_type = getattr(torch, dtype, None)
     if not isinstance(tensor_type, torch.dtype):
         raise ValueError(f"no dtype is called {dtype!r}")
-    q = torch.empty(shape, dtype=tensor_type, device="meta")
-    kv = torch.empty(batch, num_kv_heads, seqlen, head_dim, dtype=tensor_type, device="meta")
-    try:
-        longctx.attention(q, kv, kv)
+    try:  # one token asks the same questions as many
+        kv = torch.zeros(1, num_kv_heads, 1, head_dim, dtype=tensor_type)
+        longctx.attention(torch.zeros(1, num_q_heads, 1, head_dim, dtype=tensor_type), kv, kv)
     except (ValueError, TypeError, NotImplementedError, RuntimeError) as error:
         return {"accepted": False, "why": str(error)}
     build = facts["build"]
@@ -118,8 +117,8 @@ def path_of(facts: dict[str, Any], shape: tuple[int, int, int, int], num_kv_head
         "device": "cpu",
         "engine": engine,
         "why": why,
-        "query_heads_per_kv_head": shape[1] // num_kv_heads,
-        "dense_causal_gflop": round(2 * batch * shape[1] * seqlen * seqlen * head_dim / 1e9, 3),
+        "query_heads_per_kv_head": num_q_heads // num_kv_heads,
+        "dense_causal_gflop": round(2 * batch * num_q_heads * seqlen * seqlen * head_dim / 1e9, 3),
     }
 
 

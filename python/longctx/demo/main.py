@@ -110,11 +110,13 @@ def notes(task: Task) -> list[str]:
     from longctx.models.constructed import retrieval_config
 
     length = task.main.length
-    here = report.attention_share(retrieval_config(task.model.vocab_size, task.model.num_heads, task.model.num_kv_heads), length)
+    config = retrieval_config(task.model.vocab_size, task.model.num_heads, task.model.num_kv_heads)
+    here = report.attention_share(config, length)
     llama = report.attention_share(argparse.Namespace(**EIGHT_B), length)
     return [
         report.PROVES,
-        f"Attention is {here:.0%} of the FLOPs of this dense prefill; of an 8B Llama's at {length} tokens it is {llama:.0%}.",
+        f"Attention is {here:.0%} of the FLOPs of this dense prefill, and {llama:.0%} of those of an 8B Llama's "
+        f"at {length} tokens.",
     ]
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-import longctx
+from longctx.coverage import coverage
 from longctx.integrations import transformers as adapter
 from longctx.prefill import AttentionContext, Dense, LMInfinite, Pattern, Policy
 
@@ -41,7 +41,7 @@ class Coverage(Policy):
         return float(torch.cat(self.rows).min())
 
     def select(self, q: Tensor, k: Tensor, context: AttentionContext) -> Pattern:
-        self.rows.append(longctx.coverage(q, k, self.inner, **fields_of(context)).flatten())
+        self.rows.append(coverage(q, k, self.inner, **fields_of(context)).flatten())
         return self.inner.select(q, k, context)
 
 

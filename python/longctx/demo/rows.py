@@ -53,7 +53,7 @@ METHODS = (
         AShape(num_sink_tokens=128, window_size=EVERYTHING),
     ),
     Row("LMInfinite", LMInfinite(window_size=2048), LMInfinite(window_size=1 << 17)),
-    Row("BlockTopK", BlockTopK(k=16), BlockTopK(k=EVERYTHING)),
+    Row("BlockTopK", BlockTopK(top_k=16), BlockTopK(top_k=EVERYTHING)),
     Row("XAttention", XAttention(), XAttention(threshold=1.0)),
     Row(
         "PerLayer (Dense, FlexPrefill)",
