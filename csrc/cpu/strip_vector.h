@@ -45,7 +45,10 @@ inline void transpose(V (&x)[V::kLanes]) {
   constexpr int kHalf = V::kLanes / 2;
   V y[V::kLanes];
 #pragma GCC unroll 16
-  for (int i = 0; i < kHalf; ++i) zip(x[i], x[i + kHalf], y[2 * i], y[2 * i + 1]);
+  for (int i = 0; i < kHalf; ++i) {
+    y[2 * i] = zip_low(x[i], x[i + kHalf]);
+    y[2 * i + 1] = zip_high(x[i], x[i + kHalf]);
+  }
 #pragma GCC unroll 16
   for (int i = 0; i < V::kLanes; ++i) x[i] = y[i];
   if constexpr (kRounds > 2) transpose<V, kRounds / 2>(x);

@@ -45,14 +45,16 @@ struct Vec<float> {
   friend Vec select_less(Vec x, Vec y, Vec a, Vec b) {
     return {_mm512_mask_mov_ps(b.v, _mm512_cmp_ps_mask(x.v, y.v, _CMP_LT_OQ), a.v)};
   }
-  // a0 b0 a1 b1 ...
-  friend void zip(Vec a, Vec b, Vec& low, Vec& high) {
-    const __m512i first =
+  // The first and the second half of a0 b0 a1 b1 ...
+  friend Vec zip_low(Vec a, Vec b) {
+    const __m512i order =
         _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-    const __m512i second =
+    return {_mm512_permutex2var_ps(a.v, order, b.v)};
+  }
+  friend Vec zip_high(Vec a, Vec b) {
+    const __m512i order =
         _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
-    low.v = _mm512_permutex2var_ps(a.v, first, b.v);
-    high.v = _mm512_permutex2var_ps(a.v, second, b.v);
+    return {_mm512_permutex2var_ps(a.v, order, b.v)};
   }
   // scalef multiplies by 2^floor(t) and handles underflow, overflow and -inf itself.
   friend Vec exp(Vec x) {
