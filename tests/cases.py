@@ -296,7 +296,10 @@ CASES = {
             },
             illegal=ILLEGAL_OPTIONS | {"reduce": ("row", "")},
             extreme=EXTREME_OPTIONS,
-            legal_changes=frozenset({"all_options: segment_offsets.size(0)+1"}),
+            legal_changes=frozenset(
+                {"all_options: segment_offsets.size(0)+1"}
+                | {f"{variant}: k.size(2){change}" for variant in ("all_options", "packed") for change in ("+1", "=0")}
+            ),
             growing={"q": 2, "k": 2, "lse": 2},
             invalid=INVALID_SEQUENCES
             | {
@@ -333,7 +336,7 @@ CASES = {
         OpCase(
             name="select_blocks",
             calls={
-                "plain": block_map(2, 3, 7, 7, method="top_k", value=3),
+                "plain": block_map(2, 3, 7, 9, method="top_k", value=3),
                 "all_options": block_map(
                     2,
                     3,

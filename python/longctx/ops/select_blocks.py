@@ -97,6 +97,11 @@ def select_blocks(
     if isinstance(value, Tensor):
         if not value.is_floating_point():
             raise TypeError(f"longctx::select_blocks: `value` must be floating point; got {value.dtype}")
+        if value.shape != scores.shape[1:2]:
+            raise ValueError(
+                f"longctx::select_blocks: `value` must have shape [heads] = {list(scores.shape[1:2])}; "
+                f"got {list(value.shape)}"
+            )
         if value.device != scores.device:
             raise ValueError(f"longctx::select_blocks: `value` must be on {scores.device}; got {value.device}")
         head_values, value = value.to(torch.float32).contiguous(), 0.0
