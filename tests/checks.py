@@ -23,6 +23,15 @@ MASK_OPTIONS = (
 BLOCK_OPTIONS = ("block_indptr", "block_indices", "block_size_q", "block_size_k")
 
 
+def as_tuple(result: Any) -> tuple[Tensor, ...]:
+    return result if isinstance(result, tuple) else (result,)
+
+
+def assert_same_bits(actual: Any, expected: Any) -> None:
+    for a, b in zip(as_tuple(actual), as_tuple(expected), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
 def pick(call: Call, names: tuple[str, ...]) -> Call:
     return {name: call[name] for name in names if name in call}
 

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cases import CASES, OpCase
-from test_conventions import as_tuple, assert_same_bits, for_every_call
+from checks import as_tuple, assert_same_bits
+from test_conventions import for_every_call
 
 
 class Recorder(TorchDispatchMode):
@@ -54,15 +55,13 @@ def test_compiled_by_inductor(case: OpCase) -> None:
     assert_same_bits(torch.compile(case.op, fullgraph=True)(**call), case.op(**call))
 
 
-@pytest.mark.parametrize("case", [CASES["merge_states"], CASES["attention"]], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_dynamic_shapes_compile_once(case: OpCase) -> None:
     """One graph serves every length."""
     compiled = torch.compile(case.op, fullgraph=True, dynamic=True, backend="aot_eager")
     call = case.calls["plain"](torch.float32)
-    longer = {
-        name: torch.cat([value, value], dim=3 if case.name == "merge_states" else 2) for name, value in call.items()
-    }
     assert_same_bits(compiled(**call), case.op(**call))
+    longer = call | {name: torch.cat([call[name]] * 2, dim=dim) for name, dim in case.growing.items()}
     with torch.compiler.set_stance("fail_on_recompile"):
         assert_same_bits(compiled(**longer), case.op(**longer))
 

@@ -41,6 +41,9 @@ LONGCTX_HD inline SequenceMap sequence_map(const BlockMapParams& map, int64_t in
   if (map.has_q_offset) {
     result.first_position = map.q_offset + (map.seqs.seqused_k == nullptr ? 0 : result.seq.k_len);
   }
+  // Sequences that overlap own more rows than the map has: queries without a row do not exist.
+  const int64_t queries_with_row = result.num_rows * map.block_size_q;
+  if (result.seq.q_len > queries_with_row) result.seq.q_len = queries_with_row;
   return result;
 }
 

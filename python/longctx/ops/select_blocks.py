@@ -95,6 +95,15 @@ def select_blocks(
         _validate.lengths("select_blocks", "seqused_k", seqused_k, scores.shape[3] * block_size_k)
     head_values = None
     if isinstance(value, Tensor):
+        if not value.is_floating_point():
+            raise TypeError(f"longctx::select_blocks: `value` must be floating point; got {value.dtype}")
+        if value.shape != scores.shape[1:2]:
+            raise ValueError(
+                f"longctx::select_blocks: `value` must have shape [heads] = {list(scores.shape[1:2])}; "
+                f"got {list(value.shape)}"
+            )
+        if value.device != scores.device:
+            raise ValueError(f"longctx::select_blocks: `value` must be on {scores.device}; got {value.device}")
         head_values, value = value.to(torch.float32).contiguous(), 0.0
     blocks: tuple[Tensor, Tensor] = torch.ops.longctx.select_blocks(
         scores,
