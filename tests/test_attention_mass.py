@@ -161,6 +161,15 @@ def test_diagonal_counts_distance_from_the_own_position() -> None:
     assert float(by_diagonal.max()) > 19.9
 
 
+def test_computes_the_lse_it_is_not_given() -> None:
+    q, k = make(2, (4, 2), (40, 90), 16, torch.float32)
+    for options in ({}, {"causal": False, "softcap": 3.0}, {"window_size_left": 9, "sinks": torch.ones(4)}):
+        lse_options = {name: value for name, value in options.items() if name != "sinks"}
+        _, lse = longctx.attention(q, k, k, **lse_options)
+        given = longctx.attention_mass(q, k, lse, **options)
+        torch.testing.assert_close(longctx.attention_mass(q, k, **options), given)
+
+
 def test_segments() -> None:
     q, k = make(2, (4, 2), (20, 90), 16, torch.float32)
     for offsets in ([0, 90], [5, 5, 30, 89], [0]):

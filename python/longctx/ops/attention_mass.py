@@ -9,21 +9,22 @@ from torch import Tensor
 
 from longctx.ops import _validate
 from longctx.ops._register import register_op
+from longctx.ops.attention import attention
 
 
 # The overloads name only the argument that decides the type of the result.
 @overload
 def attention_mass(
-    q: Tensor, k: Tensor, lse: Tensor, *, reduce: Literal["both"], **options: Any
+    q: Tensor, k: Tensor, lse: Tensor | None = None, *, reduce: Literal["both"], **options: Any
 ) -> tuple[Tensor, Tensor]: ...
 @overload
 def attention_mass(
-    q: Tensor, k: Tensor, lse: Tensor, *, reduce: Literal["key", "diagonal"] = "key", **options: Any
+    q: Tensor, k: Tensor, lse: Tensor | None = None, *, reduce: Literal["key", "diagonal"] = "key", **options: Any
 ) -> Tensor: ...
 def attention_mass(  # type: ignore[misc]
     q: Tensor,
     k: Tensor,
-    lse: Tensor,
+    lse: Tensor | None = None,
     *,
     segment_offsets: Tensor | None = None,
     reduce: Literal["key", "diagonal", "both"] = "key",
@@ -45,14 +46,15 @@ def attention_mass(  # type: ignore[misc]
 
     `p[i, j] = exp(s[i, j] - lse[i])` where the predicate lets query `i` see key `j`, else 0; `s` and the
     predicate are those of `longctx.attention`. To estimate where a long prompt attends, pass its last
-    queries: `attention_mass(q[:, :, -128:], k, lse)`.
+    queries: `attention_mass(q[:, :, -128:], k)`.
 
     Args:
         q: `[batch, num_q_heads, seqlen_q, head_dim]`, float32, float64 (CPU), bfloat16 or float16; any
             strides with a contiguous last dim.
         k: `[batch, num_kv_heads, seqlen_k, head_dim]`; `num_q_heads % num_kv_heads == 0`.
         lse: `[batch, num_q_heads, seqlen_q]`, float32 (float64 for float64): what `attention` returned for
-            the same rows and options. Rows at -inf count nothing.
+            the same rows and options. Rows at -inf count nothing. `None` computes it, without values:
+            cheaper than a call of `attention` for the sake of its lse.
         segment_offsets: int32 `[num_segments + 1]`, non-decreasing: sum over the keys
             `segment_offsets[n]:segment_offsets[n + 1]` of the key axis (of the packed axis when packed).
         reduce: `"key"` sums per key or segment. `"diagonal"` sums per diagonal: key row `j` and query row
@@ -63,7 +65,7 @@ def attention_mass(  # type: ignore[misc]
             `"both"` returns both from one pass.
         causal, softmax_scale, window_size_left, window_size_right, num_sink_tokens, softcap, key_ranges,
             cu_seqlens_q, cu_seqlens_k, seqused_k, page_table: as in `longctx.attention`.
-        sinks: float32 `[num_q_heads]`: a further logit that `lse` does not hold and that takes its share.
+        sinks: float32 `[num_q_heads]`: a further logit that takes its share; `lse` does not hold it.
         validate: also check the values of index tensors (reads them).
 
     Returns:
@@ -73,7 +75,7 @@ def attention_mass(  # type: ignore[misc]
     Raises:
         ValueError: an argument is wrong; the message names the op, argument, rule and what was given.
 
-    Cost: `2 * head_dim` FLOPs per head and visible (query, key) pair, counted in tiles; memory beyond the
+    Cost: `2 * head_dim` FLOPs per head and visible (query, key) pair, counted in tiles (twice without lse); memory beyond the
     outputs is bounded by tiles, plus up to 16 copies of a result by diagonal where there are few heads.
     Deterministic for every thread count: no atomics. Gradients: none yet (raises NotImplementedError).
     Source: the vertical-slash estimate of MInference (arXiv 2407.02490) and FlexPrefill (arXiv 2502.20766);
@@ -81,16 +83,32 @@ def attention_mass(  # type: ignore[misc]
 
     Example:
         >>> import torch, longctx
-        >>> q, k, v = (torch.randn(1, 2, 500, 64) for _ in range(3))
-        >>> last = q[:, :, -100:]
-        >>> _, lse = longctx.attention(last, k, v)
-        >>> by_key, by_diagonal = longctx.attention_mass(last, k, lse, reduce="both")
+        >>> q, k = torch.randn(1, 2, 500, 64), torch.randn(1, 2, 500, 64)
+        >>> by_key, by_diagonal = longctx.attention_mass(q[:, :, -100:], k, reduce="both")
         >>> by_key.shape, by_diagonal.shape, round(float(by_key[0, 0].sum()))
         (torch.Size([1, 2, 500]), torch.Size([1, 2, 599]), 100)
     """
     if validate:
         _validate.sequences("attention_mass", q, k, key_ranges, cu_seqlens_q, cu_seqlens_k, seqused_k)
         _validate.segments("attention_mass", "segment_offsets", segment_offsets, k.shape[2])
+    if lse is None:
+        narrow_values = k[..., :1]  # attention needs values; these lie in memory that k brings along
+        _, lse = attention(
+            q,
+            k,
+            narrow_values,
+            causal=causal,
+            softmax_scale=softmax_scale,
+            window_size_left=window_size_left,
+            window_size_right=window_size_right,
+            num_sink_tokens=num_sink_tokens,
+            softcap=softcap,
+            key_ranges=key_ranges,
+            cu_seqlens_q=cu_seqlens_q,
+            cu_seqlens_k=cu_seqlens_k,
+            seqused_k=seqused_k,
+            page_table=page_table,
+        )
     masses: tuple[Tensor, Tensor] = torch.ops.longctx.attention_mass(
         q,
         k,

@@ -13,7 +13,7 @@ from longctx.reference._mask import sequences, visible_keys
 def attention_mass(
     q: Tensor,
     k: Tensor,
-    lse: Tensor,
+    lse: Tensor | None = None,
     *,
     segment_offsets: Tensor | None = None,
     reduce: str = "key",
@@ -65,6 +65,8 @@ def attention_mass(
     scores = scale * (q.double() @ k64.transpose(2, 3))
     if softcap > 0.0:
         scores = softcap * torch.tanh(scores / softcap)
+    if lse is None:
+        lse = torch.logsumexp(scores.masked_fill(~mask, -torch.inf), dim=-1)
     total = lse.double() if sinks is None else torch.logaddexp(lse.double(), sinks.double()[None, :, None])
     empty = (lse == -torch.inf)[..., None]
     probabilities = torch.exp(scores - total[..., None]).masked_fill(~mask | empty, 0.0)
