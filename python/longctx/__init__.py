@@ -20,7 +20,7 @@ _LAZY = {
     "Pattern": "longctx.prefill",
     "Policy": "longctx.prefill",
     "apply": "longctx.integrations.transformers",
-    "coverage": "longctx.coverage",
+    "coverage": "longctx.prefill",
     "get_policy": "longctx.prefill",
     "info": "longctx._info",
 }
