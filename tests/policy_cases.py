@@ -15,7 +15,6 @@ from longctx.prefill import (
     BlockTopK,
     Dense,
     FlexPrefill,
-    LMInfinite,
     OracleBlocks,
     PerLayer,
     Policy,
@@ -74,6 +73,13 @@ def call(batch: int, seqlen_q: int, seqlen_k: int, *, seed: int = 0, head_dim: i
     # Sequences drift, so that block means differ and the block map predicts something.
     drift = 0.6 * randn(batch, 2, -(-seqlen_k // 16), head_dim, seed=seed + 2).repeat_interleave(16, 2)[:, :, :seqlen_k]
     return Call(q, k + drift, randn(batch, 2, seqlen_k, 24, seed=seed + 3), options)
+
+
+def rope(positions: Tensor) -> tuple[Tensor, Tensor]:
+    """The rotary embedding of 12 of 16 channels, base 100."""
+    angles = positions[..., None].float() * 100.0 ** (-torch.arange(6) / 6.0)
+    angles = torch.cat([angles, angles], -1)
+    return angles.cos(), angles.sin()
 
 
 def causal_ranges(batch: int, seqlen: int) -> Tensor:

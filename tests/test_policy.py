@@ -9,6 +9,7 @@ import pickle
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import longctx
 from cases import int32, randn
@@ -29,7 +30,7 @@ from longctx.prefill import (
 )
 from longctx.reference._mask import listed_keys, visible_keys
 from longctx.reference.attention import masked_attention
-from policy_cases import CALLS, FULL, POLICIES, Call, call, left_padded
+from policy_cases import CALLS, FULL, POLICIES, Call, call, left_padded, rope
 
 SPARSE = [name for name in POLICIES if name != "dense"]
 BLOCKS = [name for name in SPARSE if name != "ashape"]
@@ -296,7 +297,7 @@ def test_get_policy() -> None:
         ("flexprefill:gamma=high", "`flexprefill.gamma` must be float; got 'high'"),
         ("flexprefill:block_size=64.0", "`flexprefill.block_size` must be int; got '64.0'"),
         ("perlayer:default=dense", "`perlayer.default` must be Policy; got 'dense'"),
-        ("perlayer", "perlayer"),
+        ("perlayer", "`spec` must set default, layers of perlayer; got 'perlayer'"),
     ],
 )
 def test_get_policy_errors(spec: str, message: str) -> None:
@@ -342,7 +343,7 @@ def test_illegal_options(policy: type[Policy], options: dict[str, float]) -> Non
 def test_causal_methods_refuse_other_calls(policy: Policy) -> None:
     case = CALLS["short"]
     with pytest.raises(ValueError, match=f"longctx::{policy.name}: `causal` must be True; got False"):
-        policy(case.q, case.k, case.v, causal=False, rope=lambda p: (p, p))
+        policy(case.q, case.k, case.v, causal=False, rope=rope)
 
 
 @pytest.mark.parametrize("name", ["dense", "random", "oracle"])
@@ -350,7 +351,7 @@ def test_bidirectional_calls(name: str) -> None:
     case = CALLS["chunk"].with_(causal=False)
     pattern = POLICIES[name].select(case.q, case.k, case.context)
     mask = mask_of(pattern, case.q, case.k)
-    assert bool(mask[..., 0, -1].any())
+    assert bool((mask & ~dense_mask(CALLS["chunk"])).any()), "later keys are seen as well"
     assert_same(POLICIES[name].attend(case.q, case.k, case.v, case.context), masked(case, mask))
 
 
@@ -388,12 +389,36 @@ def test_head_offset_is_that_of_tensor_parallelism() -> None:
     assert torch.equal(policy.select(half.q, half.k, half.context).to_mask(), whole[:, 2:])
 
 
-def test_no_sequence_at_all() -> None:
-    empty = call(1, 0, 0, cu_seqlens_q=int32(0, 0, 0), cu_seqlens_k=int32(0, 0, 0))
-    for policy in POLICIES.values():
-        out, lse = policy.attend(empty.q, empty.k, empty.v, empty.context)
-        assert out.shape == (1, 4, 0, 24)
-        assert lse.shape == (1, 4, 0)
+@pytest.mark.parametrize("name", [*POLICIES, "lminfinite"])
+def test_nothing_to_attend(name: str) -> None:
+    policy = POLICIES.get(name, LMInfinite())
+    for empty in (
+        call(2, 0, 0),
+        call(2, 3, 0),
+        call(2, 0, 20),
+        call(1, 0, 0, cu_seqlens_q=int32(0, 0, 0), cu_seqlens_k=int32(0, 0, 0)),
+        call(1, 3, 20, cu_seqlens_q=int32(0, 0, 3), cu_seqlens_k=int32(0, 20, 20)),
+    ):
+        out, lse = policy(empty.q, empty.k, empty.v, layer_idx=1, rope=rope, **empty.options)
+        assert not out.any()
+        assert bool((lse == -torch.inf).all())
+        assert float(policy.select(empty.q, empty.k, empty.context).density()) == 0.0
+
+
+@pytest.mark.parametrize("kind", ["batch", "packed", "seqused", "left_padded"])
+@pytest.mark.parametrize("name", [*POLICIES, "lminfinite"])
+def test_never_waits_for_the_device(name: str, kind: str) -> None:
+    """Fake tensors have no values: reading one on the host raises."""
+    case, policy = CALLS[kind], POLICIES.get(name, LMInfinite())
+    with FakeTensorMode() as mode:
+        q, k, v = (mode.from_tensor(t) for t in (case.q, case.k, case.v))
+        options = {key: mode.from_tensor(x) if isinstance(x, Tensor) else x for key, x in case.options.items()}
+        context = AttentionContext(layer_idx=1, rope=rope, **options)
+        pattern = policy.select(q, k, context)
+        assert pattern.density().shape == ()
+        out, lse = policy.attend(q, k, v, context)
+    assert out.shape == (*case.q.shape[:3], case.v.shape[3])
+    assert lse.shape == case.q.shape[:3]
 
 
 def test_context_options_are_those_of_attention() -> None:

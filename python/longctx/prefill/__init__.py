@@ -5,6 +5,7 @@ from __future__ import annotations
 from longctx.prefill.ashape import AShape
 from longctx.prefill.blocktopk import BlockTopK
 from longctx.prefill.controls import OracleBlocks, RandomBlocks
+from longctx.prefill.coverage import coverage
 from longctx.prefill.dense import Dense
 from longctx.prefill.flexprefill import FlexPrefill
 from longctx.prefill.lminfinite import LMInfinite
@@ -25,5 +26,6 @@ __all__ = [
     "Policy",
     "RandomBlocks",
     "XAttention",
+    "coverage",
     "get_policy",
 ]

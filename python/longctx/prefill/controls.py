@@ -72,6 +72,8 @@ def block_masses(q: Tensor, k: Tensor, context: AttentionContext, block_size: in
     shape: Shape = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
     seqs = Sequences.of(context, shape, q.device)
     rows, key_rows = Rows.of(seqs, shape[2], block_size), Rows.of(seqs.of_keys(), shape[3], block_size)
+    if 0 in shape:
+        return q.new_zeros(shape[0], shape[1], rows.seq.shape[1], ceil_div(shape[3], block_size), dtype=torch.float32)
     visible = token_intervals(context, shape, q.device)
     if visible.shape[1] > 2:
         raise ValueError(f"longctx::oracle: a query may see at most 2 ranges of keys; got up to {visible.shape[1]}")

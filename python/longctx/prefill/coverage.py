@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from longctx.ops import attention
-from longctx.prefill import AttentionContext, Policy, get_policy
+from longctx.prefill.policy import AttentionContext, Policy, get_policy
 
 
 def coverage(q: Tensor, k: Tensor, policy: str | Policy, **context: Any) -> Tensor:

@@ -47,8 +47,11 @@ class FlexPrefill(Policy):
     def select(self, q: Tensor, k: Tensor, context: AttentionContext) -> Pattern:
         self._require_causal(context)
         shape = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+        if 0 in shape:
+            return Pattern.of(q, k, context)
         blocks: dict[str, Any] = {"block_size_q": self.block_size, "block_size_k": self.block_size}
-        rows = Rows.of(Sequences.of(context, shape, q.device), shape[2], self.block_size)
+        seqs = Sequences.of(context, shape, q.device)
+        rows = Rows.of(seqs, shape[2], self.block_size)
         visible = visible_tiles(context, shape, rows, **blocks)[:, None]
         probe = Probe.of(q, k, context, self.block_size)
 
@@ -61,7 +64,7 @@ class FlexPrefill(Policy):
         min_blocks = ceil_div(self.min_budget, self.block_size)
         columns, diagonals = keep_mass(vertical, gamma, min_blocks), keep_mass(slash, gamma, min_blocks)
         diagonals[..., :1] = True
-        tiles = first_visible(visible) | vertical_slash_tiles(columns, diagonals, rows, self.block_size)
+        tiles = first_visible(visible) | vertical_slash_tiles(columns, diagonals, rows, seqs, self.block_size)
 
         # Query-aware; the map of any other head is empty.
         block_map = block_scores(q, k, **blocks, softmax_scale=context.softmax_scale, **context.lengths())
@@ -172,17 +175,22 @@ def keep_mass(mass: Tensor, gamma: Tensor, at_least: int) -> Tensor:
     return torch.zeros_like(keep).scatter(-1, order, keep)
 
 
-def vertical_slash_tiles(columns: Tensor, diagonals: Tensor, rows: Rows, block_size: int) -> Tensor:
+def vertical_slash_tiles(columns: Tensor, diagonals: Tensor, rows: Rows, seqs: Sequences, block_size: int) -> Tensor:
     """Tiles on a kept key block or touched by a kept block of diagonals: bool [batch, heads, num_rows, num_k_blocks].
 
     A tile touches up to three blocks of diagonals (two where queries and keys are aligned): any of them is enough.
     """
-    block = torch.arange(columns.shape[-1], device=columns.device) * block_size
-    nearest = rows.position[..., None] - block - (block_size - 1)
-    farthest = (rows.position + rows.num_queries - 1)[..., None] - block  # distance of the last query to the first key
-    seq = rows.seq[:, None, :, None]
-    head = torch.arange(columns.shape[1], device=columns.device)[:, None, None]
-    before = pad(diagonals.int().cumsum(-1), (1, 0))  # kept ones among the first n
-    first, last = (x[:, None].clamp(min=0) // block_size for x in (nearest, farthest))
-    touched = (before[seq, head, last + 1] > before[seq, head, first]) & (farthest >= 0)[:, None]
-    return touched | columns[rows.seq].movedim(2, 1)
+    num_k_blocks, num_rows = columns.shape[-1], rows.index.shape[1]
+    # What a tile touches depends on its row minus its key block: [num_seqs, heads, num_rows + num_k_blocks - 1].
+    step = torch.arange(1 - num_k_blocks, num_rows, device=columns.device) * block_size
+    nearest = (seqs.len_k - seqs.len_q)[:, None] + step - (block_size - 1)  # last key of the tile to its first query
+    farthest = nearest + 2 * (block_size - 1)
+    first, last = (d.clamp(min=0) // block_size for d in (nearest, farthest))
+    kept_before = pad(diagonals.cumsum(-1), (1, 0))
+    bins = torch.stack([first, last + 1], 1).clamp(max=num_k_blocks)[:, :, None].expand(-1, -1, columns.shape[1], -1)
+    kept = kept_before[:, None].expand(-1, 2, -1, -1).gather(3, bins).diff(dim=1)[:, 0] > 0
+    touched = kept & (farthest >= 0)[:, None]
+
+    distance = rows.index[..., None] - torch.arange(num_k_blocks, device=columns.device) + num_k_blocks - 1
+    touched = touched[rows.seq].gather(3, distance[:, :, None].expand(-1, -1, columns.shape[1], -1))
+    return (touched | columns[rows.seq]).movedim(2, 1)

@@ -25,6 +25,8 @@ from longctx.prefill.grid import (
     block_intervals,
     ceil_div,
     count_blocks,
+    disjoint,
+    lower_bound,
     token_intervals,
     token_rows,
 )
@@ -111,13 +113,14 @@ class Pattern(Predicate):
         intervals = block_intervals(self, self.shape, rows, *sizes)
         if self.block_indptr is None or self.block_indices is None:
             return (count_blocks(intervals).sum() / dense.clamp(min=1)).float()
-        batch, head, row = self._entry_rows()
-        batches = torch.arange(self.shape[0], device=row.device)[:, None] if self.block_indptr.shape[0] == 1 else batch
-        begin, end = intervals.movedim(1, 2)[batches, row].unbind(-1)
-        block = self.block_indices[:, None]
-        visited = ((block >= begin) & (block < end)).any(-1) & (head >= 0)
+        # Entries of a row are ascending: a bisection tells how many lie in each interval.
+        first, last = self.block_indptr[:, :, None, :-1], self.block_indptr[:, :, None, 1:]
+        begin, end = disjoint(intervals)[:, None].unbind(-1)
+        visited = lower_bound(self.block_indices, first, last, end) - lower_bound(
+            self.block_indices, first, last, begin
+        )
         heads = self.block_indptr.shape[1]
-        return (visited.sum() / (dense * heads).clamp(min=1)).float()
+        return (visited.clamp(min=0).sum() / (dense * heads).clamp(min=1)).float()
 
     def to_mask(self) -> Tensor:
         """The scores that count: bool [batch, num_q_heads, seqlen_q, seqlen_k]. Quadratic, meant for tests."""
@@ -151,29 +154,19 @@ class Pattern(Predicate):
         assert self.block_indptr is not None
         assert self.block_indices is not None
         batch, heads, ends = self.block_indptr.shape
-        num_k_blocks = ceil_div(self.shape[3], self.block_size_k)
-        tiles = self.block_indices.new_zeros(batch * heads * (ends - 1) * num_k_blocks + 1, dtype=torch.bool)
-        b, h, row = self._entry_rows()
-        flat = ((b * heads + h) * (ends - 1) + row) * num_k_blocks + self.block_indices
-        tiles[torch.where(h >= 0, flat, tiles.numel() - 1)] = True
-        return tiles[:-1].view(batch, heads, ends - 1, num_k_blocks)
+        num_k_blocks, capacity = ceil_div(self.shape[3], self.block_size_k), self.block_indices.numel()
+        # One spare column takes the -1 behind the last row.
+        counts = self.block_indptr.diff(dim=-1).flatten()
+        counts = torch.cat([counts, capacity - counts.sum(0, keepdim=True)])
+        row = torch.repeat_interleave(counts, output_size=capacity)
+        tiles = self.block_indices.new_zeros(batch * heads * (ends - 1) * (num_k_blocks + 1), dtype=torch.bool)
+        tiles.index_fill_(0, torch.add(self.block_indices, row, alpha=num_k_blocks + 1), True)
+        return tiles.view(batch, heads, ends - 1, num_k_blocks + 1)[..., :num_k_blocks]
 
     def _rows(self) -> Rows:
         lengths = [t for t in (self.block_indptr, self.cu_seqlens_q, self.seqused_k, self.key_ranges) if t is not None]
         device = lengths[0].device if lengths else torch.device("cpu")
         return Rows.of(Sequences.of(self, self.shape, device), self.shape[2], self.block_size_q)
-
-    def _entry_rows(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Batch, pattern head and row of every entry of `block_indices`; entries behind the last row have head -1."""
-        assert self.block_indptr is not None
-        assert self.block_indices is not None
-        heads, num_rows = self.block_indptr.shape[1], self.block_indptr.shape[2] - 1
-        entry = torch.arange(self.block_indices.numel(), device=self.block_indices.device)
-        row = torch.searchsorted(self.block_indptr[..., 1:].flatten().contiguous(), entry, right=True)
-        listed = row < self.block_indptr.shape[0] * heads * num_rows
-        row = torch.where(listed, row, 0)
-        head = torch.where(listed, row // num_rows % heads, -1)
-        return row // (heads * num_rows), head, row % num_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,6 +231,9 @@ def get_policy(spec: str | Policy) -> Policy:
             rule = f"set fields of {name} ({', '.join(fields) or 'it has none'}) as field=value"
             raise ValueError(f"longctx::get_policy: `spec` must {rule}; got {option!r}")
         arguments[field] = _parse(name, field, text, fields[field])
+    required = {f.name for f in dataclasses.fields(known[name]) if f.default is dataclasses.MISSING}
+    if missing := sorted(required - set(arguments)):
+        raise ValueError(f"longctx::get_policy: `spec` must set {', '.join(missing)} of {name}; got {spec!r}")
     return known[name](**arguments)
 
 
