@@ -67,14 +67,15 @@ def attention_forward(
         "softcap": softcap or 0.0,
         "sinks": None if s_aux is None else s_aux.float(),
     }
-    state, counts = _state(module)
+    state, counted = _state(module)
     why_dense = _why_dense(state, is_causal, query.shape[2])
     if state is None or why_dense:
         out = _dense(query, key, value, options)
-        if counts is not None:
-            counts.add_dense(why_dense)
+        if state is not None and counted and not torch.compiler.is_compiling():
+            state.counts.add_dense(why_dense)
     else:
-        out = _sparse(state, counts, query, key, value, options, getattr(module, "layer_idx", None), position_ids)
+        layer_idx = getattr(module, "layer_idx", None)
+        out = _sparse(state, counted, query, key, value, options, layer_idx, position_ids)
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -94,16 +95,16 @@ def _predicate(key_ranges: Tensor | None, is_causal: bool, sliding_window: int |
     return {"causal": True, "window_size_left": sliding_window - 1}
 
 
-def _state(module: nn.Module) -> tuple[LayerState | None, LayerCounts | None]:
-    """The layer's state, and the tally to write to (none for calls that must not be counted)."""
+def _state(module: nn.Module) -> tuple[LayerState | None, bool]:
+    """The layer's state, and whether this call counts."""
     state: LayerState | None = getattr(module, STATE, None)
     if torch.compiler.is_compiling():
-        return state, None
+        return state, True
     if torch._C._current_graph_task_id() != -1:  # inside backward: a checkpointed layer is recomputed
-        return getattr(module, FORWARD_STATE, state), None
+        return getattr(module, FORWARD_STATE, state), False
     if module.training:
         setattr(module, FORWARD_STATE, state)
-    return state, None if state is None else state.counts
+    return state, True
 
 
 def _why_dense(state: LayerState | None, is_causal: bool, seqlen_q: int) -> str:
@@ -126,7 +127,7 @@ def _dense(query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) -
 @torch.compiler.disable  # a compiled model runs its policies between two graphs, and its decoding in one
 def _sparse(
     state: LayerState,
-    counts: LayerCounts | None,
+    counted: bool,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -144,8 +145,8 @@ def _sparse(
         out, _ = pattern.attend(query, key, value, context)
     else:
         out, _ = policy.attend(query, key, value, context)
-    if counts is not None:
-        counts.add_sparse(policy.name, pattern.density())
+    if counted:
+        state.counts.add_sparse(policy.name, pattern.density())
     return out
 
 
