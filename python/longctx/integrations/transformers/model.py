@@ -106,7 +106,7 @@ def using(model: PreTrainedModel, policy: str | Policy, *, min_seqlen_q: int = 1
 def stats(model: PreTrainedModel) -> Stats:
     """What every attention layer ran since `apply`: calls, sparse or dense and why, density, layers never reached.
 
-    Calls inside a graph of torch.compile, and the re-runs of gradient checkpointing, are not counted.
+    Dense calls inside a graph of torch.compile, and the re-runs of gradient checkpointing, are not counted.
     """
     layers = []
     for name, module in model.named_modules():
