@@ -25,7 +25,8 @@ namespace {
 
 constexpr int kGroupTiles = 8;  // key tiles per pass over O^T: their P^T stays in L1
 constexpr float kSumLimit = 0x1p60f;
-constexpr double kLog2E = 1.4426950408889634;
+constexpr float kLog2E = 1.44269504f;
+constexpr int kCacheLine = 64;
 constexpr float kInf = std::numeric_limits<float>::infinity();
 constexpr int kScoreRow = kStripRows * sizeof(float);  // bytes
 
@@ -141,27 +142,28 @@ struct AmxStrip {
     std::fill_n(state.reference, kStripRows, -kInf);
   }
 
-  // One depth step of 32 keys x 32 queries in tiles 0..3: three products for two parts. Calls
-  // between() after each tile product.
+  // One depth step of 32 keys x 32 queries in tiles 0..3. Calls between(n) after tile product n.
   template <class Between>
   static void multiply_step(const Rows& k0, const Rows& k1, const char* queries, int64_t steps,
-                            int64_t step, const Between& between) {
-    for (int product = kNumProducts - 1; product >= 0; --product) {
-      const int k_part = product == 1 ? 1 : 0;
-      const int q_part = product == 2 ? 1 : 0;
+                            int step, const Between& between) {
+#pragma GCC unroll 3
+    for (int product = 0; product < kNumProducts; ++product) {
+      const int k_part = product == kNumProducts - 2 ? 1 : 0;
+      const int q_part = product == kNumProducts - 3 ? 1 : 0;
+      const int n = (step * kNumProducts + product) * 4;
       const char* q = queries + (q_part * steps + step) * 2 * kTileBytes;
       _tile_loadd(6, q, kTileRow);
       _tile_loadd(4, k0.data + k_part * k0.part_stride + step * k0.step_stride, k0.stride);
       _tile_dpbf16ps(0, 4, 6);
-      between();
+      between(n);
       _tile_loadd(7, q + kTileBytes, kTileRow);
       _tile_dpbf16ps(1, 4, 7);
-      between();
+      between(n + 1);
       _tile_loadd(5, k1.data + k_part * k1.part_stride + step * k1.step_stride, k1.stride);
       _tile_dpbf16ps(2, 5, 6);
-      between();
+      between(n + 2);
       _tile_dpbf16ps(3, 5, 7);
-      between();
+      between(n + 3);
     }
   }
 
@@ -180,17 +182,30 @@ struct AmxStrip {
     _tile_stored(3, s + 16 * kScoreRow + 64, kScoreRow);
   }
 
-  // s = q k^T of key tile `tile`, [32 keys][32 queries].
-  template <class Between>
+  // s = q k^T of key tile `tile`, [32 keys][32 queries]. kSteps: depth steps if known, else 0.
+  template <int kSteps, class Between>
   static void score_tile(const StripShape& shape, const char* queries, const KeyChunk& chunk,
-                         const void* packed, int64_t tile, float* scores, const Between& between) {
+                         const void* packed, int tile, float* scores, const Between& between) {
     const Rows k0 = key_rows(shape, chunk, packed, 2 * tile);
     const Rows k1 = key_rows(shape, chunk, packed, 2 * tile + 1);
-    const int64_t steps = depth_steps(shape);
     zero_tiles();
-    for (int64_t step = 0; step < steps; ++step)
-      multiply_step(k0, k1, queries, steps, step, between);
+    if constexpr (kSteps > 0) {
+#pragma GCC unroll 8
+      for (int step = 0; step < kSteps; ++step) {
+        multiply_step(k0, k1, queries, kSteps, step, between);
+      }
+    } else {
+      const int steps = static_cast<int>(depth_steps(shape));
+      for (int step = 0; step < steps; ++step) {
+        multiply_step(k0, k1, queries, steps, step, between);
+      }
+    }
     store_scores(scores);
+  }
+  static void score_tile(const StripShape& shape, const void* queries, const KeyChunk& chunk,
+                         const void* packed, int tile, float* scores) {
+    score_tile<0>(shape, static_cast<const char*>(queries), chunk, packed, tile, scores,
+                  [](int) {});
   }
 
   // The exponentials of one key tile, two keys at a time so that products can run in between.
@@ -221,6 +236,10 @@ struct AmxStrip {
           _mm512_store_si512(row + 2 * kTileBytes, truncate_pairs(rest0, rest1));
         }
       }
+    }
+
+    void pairs(int begin, int end) {
+      for (int index = begin; index < end; ++index) pair(index);
     }
 
     // Adds the tile to the rows' sums, unless one of them outgrew its reference.
@@ -346,14 +365,40 @@ struct AmxStrip {
 
   static void accumulate(const StripShape& shape, const void* queries, const KeyChunk& chunk,
                          const void* packed, const ChunkMask& mask, void* memory) {
-    // Exponentials of two keys per tile product, so that both finish together.
-    const int64_t products = depth_steps(shape) * kNumProducts * 4;
-    if (products >= 16) return accumulate_with<1>(shape, queries, chunk, packed, mask, memory);
-    if (products >= 8) return accumulate_with<2>(shape, queries, chunk, packed, mask, memory);
-    accumulate_with<4>(shape, queries, chunk, packed, mask, memory);
+    switch (depth_steps(shape)) {
+      case 1:
+        return accumulate_with<1>(shape, queries, chunk, packed, mask, memory);
+      case 2:
+        return accumulate_with<2>(shape, queries, chunk, packed, mask, memory);
+      case 3:
+        return accumulate_with<3>(shape, queries, chunk, packed, mask, memory);
+      case 4:
+        return accumulate_with<4>(shape, queries, chunk, packed, mask, memory);
+      case 8:
+        return accumulate_with<8>(shape, queries, chunk, packed, mask, memory);
+      default:
+        return accumulate_with<0>(shape, queries, chunk, packed, mask, memory);
+    }
   }
 
-  template <int kPairsPerProduct>
+  // Brings slots of the next chunk into L2, `part` of `parts`.
+  static void prefetch(const StripShape& shape, const KeyChunk::Upcoming& next, int part,
+                       int parts) {
+    if (next.chunk == nullptr) return;
+    const int64_t slots = next.end - next.begin;
+    for (int64_t i = next.begin + slots * part / parts; i < next.begin + slots * (part + 1) / parts;
+         ++i) {
+      prefetch_row(next.chunk->k_rows[i], shape.head_dim);
+      prefetch_row(next.chunk->v_rows[i], shape.head_dim_v);
+    }
+  }
+  static void prefetch_row(const void* row, int64_t size) {
+    for (int64_t byte = 0; byte < size * static_cast<int64_t>(sizeof(In)); byte += kCacheLine) {
+      _mm_prefetch(static_cast<const char*>(row) + byte, _MM_HINT_T1);
+    }
+  }
+
+  template <int kSteps>
   static void accumulate_with(const StripShape& shape, const void* queries, const KeyChunk& chunk,
                               const void* packed, const ChunkMask& mask, void* memory) {
     const State state(shape, memory);
@@ -366,37 +411,38 @@ struct AmxStrip {
     for (int tile = 0; tile < chunk.num_slots() / kKeyTile; ++tile) {
       if (static_cast<Visibility>(mask.tiles[tile]) != Visibility::kNone) tiles[num_tiles++] = tile;
     }
-    int flushed = 0;
-    score_tile(shape, q, chunk, packed, tiles[0], scores[0], [] {});
+    if (num_tiles == 0) return;
+    int first = 0;  // of the group
+    score_tile<kSteps>(shape, q, chunk, packed, tiles[0], scores[0], [](int) {});
     for (int i = 0; i < num_tiles; ++i) {
+      prefetch(shape, chunk.upcoming, i, num_tiles);
       float* s = scores[i % 2];
       const float scale = adjust_scores(shape, mask, tiles[i], s);
-      char* p = probabilities + (i - flushed) * kProbabilityTile;
-      Exponentials exponentials(scale, state.reference, s, p);
-      int pair = 0;
-      const auto some_pairs = [&] {
-        if (pair == 16) return;
-        for (int n = 0; n < kPairsPerProduct; ++n) exponentials.pair(pair++);
-      };
-      if (i + 1 < num_tiles) {
-        score_tile(shape, q, chunk, packed, tiles[i + 1], scores[(i + 1) % 2], some_pairs);
+      Exponentials exponentials(scale, state.reference, s,
+                                probabilities + (i - first) * kProbabilityTile);
+      const bool more = i + 1 < num_tiles;
+      if (more) {
+        score_tile<kSteps>(shape, q, chunk, packed, tiles[i + 1], scores[(i + 1) % 2], [&](int n) {
+          constexpr int kTotal = 4 * kNumProducts * kSteps;
+          if constexpr (kSteps > 0) exponentials.pairs(n * 16 / kTotal, (n + 1) * 16 / kTotal);
+        });
       }
-      while (pair < 16) some_pairs();
+      if (!more || kSteps == 0) exponentials.pairs(0, 16);
       if (!exponentials.commit(state.sum)) {
-        add_values(shape, values, tiles + flushed, i - flushed, probabilities, state);
-        flushed = i;
+        add_values(shape, values, tiles + first, i - first, probabilities, state);
+        first = i;
         raise_references(shape, scale, s, state);
         alignas(64) float safe[kStripRows];
         for (int half = 0; half < 2; ++half) {
           _mm512_store_ps(safe + half * 16, finite(_mm512_load_ps(state.reference + half * 16)));
         }
         Exponentials again(scale, safe, s, probabilities);
-        for (int n = 0; n < 16; ++n) again.pair(n);
+        again.pairs(0, 16);
         again.add(state.sum);
       }
-      if (i + 1 - flushed == kGroupTiles || i + 1 == num_tiles) {
-        add_values(shape, values, tiles + flushed, i + 1 - flushed, probabilities, state);
-        flushed = i + 1;
+      if (i + 1 - first == kGroupTiles || !more) {
+        add_values(shape, values, tiles + first, i + 1 - first, probabilities, state);
+        first = i + 1;
       }
     }
   }
@@ -405,21 +451,15 @@ struct AmxStrip {
                      void* const* out_rows, void* lse) {
     const State state(shape, memory);
     alignas(64) float factor[kStripRows];
-    for (int r = 0; r < kStripRows; ++r) {
+    for (int r = 0; r < num_rows; ++r) {
       const float sum = state.sum[r] / kRoundUp, reference = state.reference[r];
       const bool empty = sum == 0.0f;
-      double total = sum;
-      if (sinks != nullptr && r < num_rows && !empty) {
-        total += std::exp2(double{sinks[r]} * kLog2E - reference);
-      }
-      factor[r] = empty ? 0.0f : static_cast<float>(1.0 / total);
-      if (r < num_rows) {
-        static_cast<float*>(lse)[r] =
-            empty ? -kInf
-                  : static_cast<float>((double{reference} + std::log2(double{sum})) *
-                                       0.6931471805599453);
-      }
+      float total = sum;
+      if (sinks != nullptr && !empty) total += std::exp2(sinks[r] * kLog2E - reference);
+      factor[r] = empty ? 0.0f : 1.0f / total;
+      static_cast<float*>(lse)[r] = empty ? -kInf : (reference + std::log2(sum)) / kLog2E;
     }
+    std::fill(factor + num_rows, factor + kStripRows, 0.0f);
     for (int64_t column = 0; column < value_tiles(shape); ++column) {
       const auto mask = static_cast<__mmask16>(depth_mask(shape.head_dim_v, column * 16));
       for (int half = 0; half < 2 && half * 16 < num_rows; ++half) {
@@ -459,13 +499,13 @@ struct AmxStrip {
       live |= uint32_t{seen} << r;
       reference[r] = seen ? static_cast<float>(row_lse * kLog2E) : 0.0f;
     }
-    for (int64_t tile = 0; tile < chunk.num_slots() / kKeyTile; ++tile) {
+    for (int tile = 0; tile < chunk.num_slots() / kKeyTile; ++tile) {
       float* p = static_cast<float*>(p_t) + tile * kKeyTile * kStripRows;
       if (static_cast<Visibility>(mask.tiles[tile]) == Visibility::kNone) {
         std::fill_n(p, kKeyTile * kStripRows, 0.0f);
         continue;
       }
-      score_tile(shape, static_cast<const char*>(queries), chunk, packed, tile, p, [] {});
+      score_tile(shape, queries, chunk, packed, tile, p);
       const __m512 scale = _mm512_set1_ps(adjust_scores(shape, mask, tile, p));
       for (int i = 0; i < kKeyTile * kStripRows; i += 16) {
         const __m512 r = _mm512_load_ps(reference + i % kStripRows);
@@ -478,9 +518,9 @@ struct AmxStrip {
 
   static void scores(const StripShape& shape, const void* queries, const KeyChunk& chunk,
                      const void* packed, void* s_t) {
-    for (int64_t tile = 0; tile < chunk.num_slots() / kKeyTile; ++tile) {
+    for (int tile = 0; tile < chunk.num_slots() / kKeyTile; ++tile) {
       float* s = static_cast<float*>(s_t) + tile * kKeyTile * kStripRows;
-      score_tile(shape, static_cast<const char*>(queries), chunk, packed, tile, s, [] {});
+      score_tile(shape, queries, chunk, packed, tile, s);
       if (shape.softcap > 0) {
         cap_scores(shape, s, static_cast<float>(shape.softcap));
       } else {

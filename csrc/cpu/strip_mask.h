@@ -13,15 +13,24 @@ class StripMask {
  public:
   // Lane i is query row rows[i] of the sequence; lanes from num_rows on repeat the last row.
   void init(const MaskParams& mask, const Sequence& seq, const int64_t* rows, int num_rows) {
+    mask_ = &mask;
+    seq_ = seq;
+    for (int lane = 0; lane < kStripRows; ++lane) rows_[lane] = rows[std::min(lane, num_rows - 1)];
+    if (mask.key_ranges == nullptr) {
+      // Without ranges a mask only moves on with its row: the outer rows tell the extents.
+      const auto [first, last] = std::minmax_element(rows_, rows_ + kStripRows);
+      const RowMask low = row_mask(mask, seq, *first), high = row_mask(mask, seq, *last);
+      window_ = {{high.window.begin, low.window.end}, {low.window.begin, high.window.end}};
+      sinks_ = {low.sinks, high.sinks};
+      ranges_[0] = {low.ranges[0], low.ranges[0]};
+      ranges_[1] = {};
+      return;
+    }
     for (int lane = 0; lane < kStripRows; ++lane) {
-      if (lane > 0 && (lane >= num_rows || rows[lane] == rows[lane - 1])) {
-        lanes_[lane] = lanes_[lane - 1];
-        continue;
-      }
-      lanes_[lane] = row_mask(mask, seq, rows[lane]);
-      window_.add(lanes_[lane].window, lane);
-      sinks_.add(lanes_[lane].sinks, lane);
-      for (int r = 0; r < 2; ++r) ranges_[r].add(lanes_[lane].ranges[r], lane);
+      const RowMask row = row_mask(mask, seq, rows_[lane]);
+      window_.add(row.window, lane);
+      sinks_.add(row.sinks, lane);
+      for (int r = 0; r < 2; ++r) ranges_[r].add(row.ranges[r], lane);
     }
   }
 
@@ -88,7 +97,7 @@ class StripMask {
     const bool consecutive = positions[count - 1] - positions[0] == count - 1;
     uint32_t any = 0;
     for (int lane = 0; lane < kStripRows; ++lane) {
-      const RowMask& row = lanes_[lane];
+      const RowMask row = row_mask(*mask_, seq_, rows_[lane]);
       const auto slots = [&](const Interval& part) {
         return part.begin < part.end ? slots_in(part, positions, count, consecutive) : 0u;
       };
@@ -112,7 +121,9 @@ class StripMask {
     }
   }
 
-  RowMask lanes_[kStripRows];
+  const MaskParams* mask_;
+  Sequence seq_;
+  int64_t rows_[kStripRows];
   Extent window_, sinks_, ranges_[2];
 };
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from longctx.coverage import coverage
+from longctx.prefill.coverage import coverage
 from longctx.integrations import transformers as adapter
 from longctx.prefill import AttentionContext, Dense, LMInfinite, Pattern, Policy
 
