@@ -28,6 +28,7 @@ _CLASSES = {
     "phi3": "Phi3",
     "gemma2": "Gemma2",
     "gpt_oss": "GptOss",
+    "granite": "Granite",
 }
 _EXTRA = {
     "qwen2": {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1},
@@ -56,7 +57,7 @@ def config(name: str, **options: object) -> transformers.PreTrainedConfig:
         "pad_token_id": 0,
         "bos_token_id": 1,
         "eos_token_id": None,
-        "attn_implementation": PEERS[name],
+        "attn_implementation": PEERS.get(name, "sdpa"),
     }
     return getattr(transformers, _CLASSES[name] + "Config")(**{**settings, **_EXTRA.get(name, {}), **options})
 
