@@ -1,6 +1,6 @@
 // The strip engine on vector registers, written once over Vec<T>: a vector holds queries, keys and
-// values are broadcast. Both products keep a register block of kBlockRows rows (keys of S^T, value
-// columns of O^T) times kBlockVecs vectors and run over the whole depth.
+// values are broadcast. Keys are taken kStepKeys at a time: scores, softmax, values; the scores of
+// a step stay in the L1 cache.
 // Include after one vec_<isa>.h. Everything here has internal linkage, so that code compiled for
 // one instruction set is never linked into another.
 #pragma once
@@ -13,46 +13,16 @@
 #include "longctx/mask.h"
 #include "reduced_float.h"
 #include "strip_engine.h"
+#include "strip_products.h"
 
 namespace longctx::cpu {
 namespace {
-
-// Calls f(Count<n>) for a run-time n in [1, kMax].
-template <int kCount>
-struct Count {
-  static constexpr int value = kCount;
-};
-template <int kMax, class F>
-inline void with_count(int64_t n, const F& f) {
-  if constexpr (kMax > 0) {
-    if (n == kMax) {
-      f(Count<kMax>{});
-    } else {
-      with_count<kMax - 1>(n, f);
-    }
-  }
-}
 
 inline int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 
 template <class In, class T>
 inline void widen_row(const In* from, int64_t n, T* to) {
   for (int64_t i = 0; i < n; ++i) to[i] = widen(from[i]);
-}
-
-// Transposes kLanes x kLanes elements: each round of zips rotates the bits of (row, lane) by one.
-template <class V, int kRounds = V::kLanes>
-inline void transpose(V (&x)[V::kLanes]) {
-  constexpr int kHalf = V::kLanes / 2;
-  V y[V::kLanes];
-#pragma GCC unroll 16
-  for (int i = 0; i < kHalf; ++i) {
-    y[2 * i] = zip_low(x[i], x[i + kHalf]);
-    y[2 * i + 1] = zip_high(x[i], x[i + kHalf]);
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < V::kLanes; ++i) x[i] = y[i];
-  if constexpr (kRounds > 2) transpose<V, kRounds / 2>(x);
 }
 
 // Rows that are about to be read (or written) column block by column block, all at once: their
@@ -86,11 +56,9 @@ class Prefetcher {
 template <class T, class In>
 struct VectorStrip {
   using V = Vec<T>;
+  using Products = StripProducts<T>;
   static constexpr int kLanes = V::kLanes;
   static constexpr int kVecs = kStripRows / kLanes;
-  static constexpr int kBlockRows = V::kBlockRows;
-  static constexpr int kBlockVecs = V::kBlockVecs;
-  static constexpr int kBlockLanes = kBlockVecs * kLanes;
   // Keys per softmax step: S^T, Q^T and O^T of head_dim 128 share the L1 cache.
   static constexpr int kStepTiles = 4;
   static constexpr int kStepKeys = kStepTiles * kKeyTile;
@@ -180,19 +148,20 @@ struct VectorStrip {
     const int num_tiles = static_cast<int>(chunk.num_slots() / kKeyTile);
     Prefetcher prefetcher(chunk.upcoming, sizeof(In) * shape.head_dim,
                           sizeof(In) * shape.head_dim_v);
+    const auto prefetch = [&] { prefetcher.next(); };
     alignas(64) T s_t[kStepKeys * kStripRows];
     for (int tile = 0; tile < num_tiles;) {
       const Step step = collect_step(shape, packed, mask, num_tiles, tile);
       if (step.count == 0) continue;
       // s = q k^T
-      score_rows(step.k_rows, step.count, q_t, shape.head_dim, s_t, &prefetcher);
+      Products::score_rows(step.k_rows, step.count, q_t, shape.head_dim, s_t, prefetch);
       if (shape.softcap > 0) apply_softcap(shape, step.count, s_t);
       // mask
       if (step.masked) mask_scores(step, s_t);
       // softmax update
       update_softmax(shape, step.count, s_t, st);
       // acc += p v
-      add_values(step.v_rows, step.count, s_t, shape.head_dim_v, st.out_t, &prefetcher);
+      Products::add_values(step.v_rows, step.count, s_t, shape.head_dim_v, st.out_t, prefetch);
     }
   }
 
@@ -255,7 +224,7 @@ struct VectorStrip {
       if (visibility != Visibility::kNone) {
         const T* k_rows[kKeyTile];
         for (int i = 0; i < kKeyTile; ++i) k_rows[i] = k_row(shape, packed, tile * kKeyTile + i);
-        score_rows(k_rows, kKeyTile, q_t, shape.head_dim, p);
+        Products::score_rows(k_rows, kKeyTile, q_t, shape.head_dim, p, [] {});
         if (shape.softcap > 0) apply_softcap(shape, kKeyTile, p);
       }
       for (int i = 0; i < kKeyTile; ++i, p += kStripRows) {
@@ -276,7 +245,7 @@ struct VectorStrip {
       const T* k_rows[kKeyTile];
       for (int i = 0; i < kKeyTile; ++i) k_rows[i] = k_row(shape, packed, tile * kKeyTile + i);
       T* s = static_cast<T*>(s_t) + tile * kKeyTile * kStripRows;
-      score_rows(k_rows, kKeyTile, q_t, shape.head_dim, s);
+      Products::score_rows(k_rows, kKeyTile, q_t, shape.head_dim, s, [] {});
       if (shape.softcap > 0) apply_softcap(shape, kKeyTile, s);
     }
   }
@@ -329,106 +298,6 @@ struct VectorStrip {
       }
     }
     return step;
-  }
-
-  // Calls block(Count<rows>, first) on blocks of nearly equal size that cover [0, count).
-  template <class Block>
-  static void for_each_block(int64_t count, const Block& block) {
-    const int64_t num_blocks = (count + kBlockRows - 1) / kBlockRows;
-    for (int64_t b = 0; b < num_blocks; ++b) {
-      const int64_t first = count * b / num_blocks;
-      with_count<kBlockRows>(count * (b + 1) / num_blocks - first,
-                             [&](auto rows) { block(rows, first); });
-    }
-  }
-
-  // s_t[i][row] = k_rows[i] . q[row]
-  static void score_rows(const T* const* k_rows, int count, const T* q_t, int64_t head_dim, T* s_t,
-                         Prefetcher* prefetcher = nullptr) {
-    for_each_block(count, [&](auto rows, int64_t i) {
-      score_block<decltype(rows)::value>(k_rows + i, q_t, head_dim, s_t + i * kStripRows);
-      if (prefetcher != nullptr) prefetcher->next();
-    });
-  }
-
-  template <int kRows>
-  __attribute__((noinline)) static void score_block(const T* const* k_rows, const T* q_t,
-                                                    int64_t head_dim, T* s_t) {
-    const T* k[kRows];
-#pragma GCC unroll 16
-    for (int n = 0; n < kRows; ++n) k[n] = k_rows[n];
-    for (int lane = 0; lane < kStripRows; lane += kBlockLanes) {
-      V acc[kRows][kBlockVecs];
-#pragma GCC unroll 16
-      for (int n = 0; n < kRows; ++n) {
-#pragma GCC unroll 16
-        for (int j = 0; j < kBlockVecs; ++j) acc[n][j] = V::broadcast(0);
-      }
-      const T* q = q_t + lane;
-      for (int64_t d = 0; d < head_dim; ++d, q += kStripRows) {
-        V x[kBlockVecs];
-#pragma GCC unroll 16
-        for (int j = 0; j < kBlockVecs; ++j) x[j] = V::load(q + j * kLanes);
-#pragma GCC unroll 16
-        for (int n = 0; n < kRows; ++n) {
-          const V key = V::broadcast(k[n][d]);
-#pragma GCC unroll 16
-          for (int j = 0; j < kBlockVecs; ++j) acc[n][j] = fma(key, x[j], acc[n][j]);
-        }
-      }
-#pragma GCC unroll 16
-      for (int n = 0; n < kRows; ++n) {
-#pragma GCC unroll 16
-        for (int j = 0; j < kBlockVecs; ++j) {
-          acc[n][j].store(s_t + n * kStripRows + lane + j * kLanes);
-        }
-      }
-    }
-  }
-
-  // out_t[d][row] += sum_i v_rows[i][d] * p_t[i][row]
-  static void add_values(const T* const* v_rows, int count, const T* p_t, int64_t head_dim_v,
-                         T* out_t, Prefetcher* prefetcher) {
-    for_each_block(head_dim_v, [&](auto rows, int64_t d) {
-      value_block<decltype(rows)::value>(v_rows, count, p_t, d, out_t + d * kStripRows);
-      prefetcher->next();
-    });
-  }
-
-  template <int kRows>
-  __attribute__((noinline)) static void value_block(const T* const* v_rows, int count, const T* p_t,
-                                                    int64_t d, T* out_t) {
-    for (int lane = 0; lane < kStripRows; lane += kBlockLanes) {
-      V acc[kRows][kBlockVecs];
-#pragma GCC unroll 16
-      for (int n = 0; n < kRows; ++n) {
-#pragma GCC unroll 16
-        for (int j = 0; j < kBlockVecs; ++j) {
-          acc[n][j] = V::broadcast(0);
-        }
-      }
-      const T* p = p_t + lane;
-      for (int i = 0; i < count; ++i, p += kStripRows) {
-        V x[kBlockVecs];
-#pragma GCC unroll 16
-        for (int j = 0; j < kBlockVecs; ++j) x[j] = V::load(p + j * kLanes);
-        const T* v = v_rows[i] + d;
-#pragma GCC unroll 16
-        for (int n = 0; n < kRows; ++n) {
-          const V value = V::broadcast(v[n]);
-#pragma GCC unroll 16
-          for (int j = 0; j < kBlockVecs; ++j) acc[n][j] = fma(value, x[j], acc[n][j]);
-        }
-      }
-#pragma GCC unroll 16
-      for (int n = 0; n < kRows; ++n) {
-#pragma GCC unroll 16
-        for (int j = 0; j < kBlockVecs; ++j) {
-          T* out = out_t + n * kStripRows + lane + j * kLanes;
-          (V::load(out) + acc[n][j]).store(out);
-        }
-      }
-    }
   }
 
   static void apply_softcap(const StripShape& shape, int count, T* s_t) {
