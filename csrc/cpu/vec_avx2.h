@@ -56,8 +56,7 @@ struct Vec<float> {
     const __m256 whole = _mm256_floor_ps(clamped);
     const Vec p = exp2_fraction(Vec{_mm256_sub_ps(clamped, whole)});
     const __m256i shift = _mm256_slli_epi32(_mm256_cvttps_epi32(whole), 23);
-    const __m256 scaled =
-        _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p.v), shift));
+    const __m256 scaled = _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p.v), shift));
     return {_mm256_andnot_ps(_mm256_cmp_ps(t, lowest, _CMP_LT_OQ), scaled)};
   }
   friend Vec tanh(Vec x) { return tanh_from_exp(x); }
