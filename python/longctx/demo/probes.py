@@ -92,7 +92,7 @@ def masked_dense(policy: Policy) -> Attend:
         out = torch.empty(*q.shape[:3], v.shape[3])
         for head in range(q.shape[1]):
             q_head, k_head, v_head = (x.float() for x in (q[:, head], k[:, head // group_size], v[:, head // group_size]))
-            scores = q_head @ k_head.mT * context.scale(q.shape[3])
+            scores = q_head @ k_head.mT * scale(q, context)
             if isinstance(policy, LMInfinite):
                 scores = ceiling_on_distance(scores, q_head, k_head, policy.window_size, context)
             weights = scores.masked_fill(~mask[:, head], -math.inf).softmax(dim=-1).nan_to_num()
@@ -114,9 +114,13 @@ def ceiling_on_distance(scores: Tensor, q: Tensor, k: Tensor, limit: int, contex
     phase = torch.complex(cos, sin)[..., :half]
     at_zero = [torch.complex(*x.split(half, dim=-1)) * phase.conj() for x in (q, k)]
     q_far = at_zero[0] * torch.complex(*context.rope(torch.tensor([[limit]])))[..., :half]
-    far = (q_far @ at_zero[1].conj().mT).real * context.scale(q.shape[2])
+    far = (q_far @ at_zero[1].conj().mT).real * scale(q, context)
     distance = positions[0][:, None] - positions[0][None]
     return torch.where(distance >= limit, far, scores)
+
+
+def scale(q: Tensor, context: AttentionContext) -> float:
+    return q.shape[-1] ** -0.5 if context.softmax_scale is None else context.softmax_scale
 
 
 def fields_of(context: AttentionContext) -> dict[str, Any]:
