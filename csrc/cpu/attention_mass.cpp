@@ -19,11 +19,12 @@
 namespace longctx::cpu {
 namespace {
 
+constexpr int64_t kMassKeys = 128;  // keys of a chunk: their probabilities stay in the L1 cache
 constexpr int64_t kPassStrips = 8;  // strips that share the packed keys of a chunk
 constexpr int64_t kPassRows = kPassStrips * kStripRows;
 constexpr int64_t kMaxHeads = 4;   // heads of a group that do so
 constexpr int64_t kMinItems = 16;  // heads are split into key segments until there are as many
-constexpr int64_t kTrackSize = kChunkKeys + kPassRows;
+constexpr int64_t kTrackSize = kMassKeys + kPassRows;
 
 int64_t heads_per_item(int64_t group_size) {
   int64_t heads = std::min(group_size, kMaxHeads);
@@ -50,8 +51,8 @@ class Worker {
     ScratchPlan plan;
     const size_t queries = plan.add<char>(query_bytes_ * w_.heads * kPassStrips);
     const size_t packed = plan.add<char>(w_.engine.chunk_bytes(shape_));
-    const size_t tile = plan.add<double>(kChunkKeys * kStripRows);
-    const size_t sums = plan.add<float>(kChunkKeys * kTracks);
+    const size_t tile = plan.add<double>(kMassKeys * kStripRows);
+    const size_t sums = plan.add<float>(kMassKeys * kTracks);
     const size_t tracks = plan.add<float>(kTracks * kTrackSize);
     const size_t diagonals = plan.add<float>(kTrackSize + kTracks);
     const size_t lse = plan.add<double>(w_.heads * kPassRows);
@@ -89,7 +90,7 @@ class Worker {
                           std::min(keys.end, visible_.back().end)};
       if (seen.begin >= seen.end) continue;
       load_rows(first, num_rows);
-      for (int64_t key = seen.begin; key < seen.end; key += kChunkKeys) {
+      for (int64_t key = seen.begin; key < seen.end; key += kMassKeys) {
         visit_chunk(key, seen.end);
       }
     }
@@ -158,8 +159,8 @@ class Worker {
 
   // The chunk of keys [key, end) that starts at `key`.
   void visit_chunk(int64_t key, int64_t end) {
-    const int64_t count = std::min<int64_t>(kChunkKeys, end - key);
-    upcoming_ = std::min<int64_t>(kChunkKeys, end - key - count);
+    const int64_t count = std::min<int64_t>(kMassKeys, end - key);
+    upcoming_ = std::min<int64_t>(kMassKeys, end - key - count);
     const int64_t size = element_bytes(w_.p.dtype);
     const int64_t kv_head = first_head_ * w_.p.num_kv_heads / w_.p.num_q_heads;
     set_dense_chunk(chunk_,
@@ -179,7 +180,7 @@ class Worker {
   // chunk (7% of the op at 32k keys).
   void prefetch(int64_t share, int64_t num_shares) const {
     const int64_t stride = w_.p.k.seq_stride * element_bytes(w_.p.dtype);
-    const char* next = static_cast<const char*>(chunk_->k_rows[0]) + kChunkKeys * stride;
+    const char* next = static_cast<const char*>(chunk_->k_rows[0]) + kMassKeys * stride;
     for (int64_t i = upcoming_ * share / num_shares; i < upcoming_ * (share + 1) / num_shares;
          ++i) {
       for (int64_t byte = 0; byte < w_.p.head_dim * element_bytes(w_.p.dtype); byte += 64) {
@@ -272,7 +273,7 @@ void run_attention_mass_cpu(const AttentionMassParams& p) {
   const int64_t maps = p.seqs.batch * p.num_q_heads;
   const int64_t heads = heads_per_item(p.num_q_heads / p.num_kv_heads);
   const int64_t head_items = p.seqs.num_seqs * (p.num_q_heads / heads);
-  const int64_t chunks = (p.seqs.seqlen_k + kChunkKeys - 1) / kChunkKeys;
+  const int64_t chunks = (p.seqs.seqlen_k + kMassKeys - 1) / kMassKeys;
   const int64_t segments =
       head_items == 0 ? 1 : clamp_index((kMinItems + head_items - 1) / head_items, 1, chunks);
   const int64_t segment_chunks = segments == 0 ? 0 : (chunks + segments - 1) / segments;
@@ -289,7 +290,7 @@ void run_attention_mass_cpu(const AttentionMassParams& p) {
                         choose_lane_kernels(active_isa()),
                         heads,
                         segments,
-                        segment_chunks * kChunkKeys,
+                        segment_chunks * kMassKeys,
                         keys.empty() ? p.key_mass : keys.data(),
                         partial.empty() ? p.diagonal_mass : partial.data()};
   if (p.key_mass != nullptr) {
