@@ -50,7 +50,7 @@ def select_blocks(
         scores: float32 `[batch, heads, num_q_blocks, num_k_blocks]`, last dim contiguous; `block_scores`
             makes them.
         method: see above.
-        value: a number, or one per head: a tensor `[heads]`. Rounded to float32.
+        value: a number, or one per head: a floating-point tensor `[heads]`. Rounded to float32.
         scope: `"row"` cuts every row by itself; `"head"` makes one cut over the whole map of a head (of
             each sequence), entries ordered by row and then block.
         num_first, num_local: numbers of forced blocks at the start and at the end of the visible ones.
