@@ -111,7 +111,7 @@ def test_packed_documents(window: int | None) -> None:
     function = masking_utils.causal_mask_function
     if window is not None:
         function = masking_utils.sliding_window_causal_mask_function(window)
-    packed = masking_utils.packed_sequence_compatibility_function(function, position_ids, documents)
+    packed = masking_utils.and_masks(masking_utils.packed_sequence_mask_function(documents), function)
     assert check(23, 23, mask_function=packed, local_size=window, allow_is_causal_skip=False).shape[1] == 1
 
 

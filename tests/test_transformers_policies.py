@@ -47,7 +47,7 @@ def masked_dense() -> Iterator[None]:
         layer_idx: int | None,
         position_ids: Tensor | None,
     ) -> Tensor:
-        pattern = state.policy.select(q, k, attention.AttentionContext(**options, layer_idx=layer_idx))
+        pattern = state.policy.select(q, k, attention._context(options, layer_idx))
         scores = {name: options[name] for name in ("softmax_scale", "softcap", "sinks")}
         state.counts.add_sparse("masked", torch.ones(()))
         return masked_attention(q, k, v, pattern.to_mask(), **scores)[0]
@@ -69,10 +69,12 @@ def assert_sparse(model: PreTrainedModel, calls: int = 1) -> None:
 
 
 @pytest.mark.parametrize("policy", POLICIES, ids=name_of)
-@pytest.mark.parametrize("side", [None, "left", "right"])
+@pytest.mark.parametrize("side", [None, "left", "right", "gap"])
 def test_batch(policy: str, side: str | None) -> None:
     input_ids = tokens(2, LENGTH)
-    attention_mask = None if side is None else padding([LENGTH, 211], side)
+    attention_mask = None if side is None else padding([LENGTH, 211], "right" if side == "gap" else side)
+    if side == "gap":
+        attention_mask[:, 250:] = 1
     is_token = slice(None) if attention_mask is None else attention_mask.bool()
     model = apply(tiny("llama"), policy, min_seqlen_q=64)
     got = logits(model, input_ids, attention_mask=attention_mask)
@@ -274,7 +276,7 @@ def test_checkpointed_layers_recompute_under_the_policy_of_their_forward(monkeyp
     def differentiable(state: attention.LayerState, counted: bool, q: Tensor, k: Tensor, v: Tensor, options: Any, *_):
         if counted:
             state.counts.add_sparse(state.policy.name, torch.ones(()))
-        mask = state.policy.select(q, k, attention.AttentionContext(**options)).to_mask()
+        mask = state.policy.select(q, k, attention._context(options, None)).to_mask()
         k, v = (x.repeat_interleave(2, dim=1) for x in (k, v))
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 

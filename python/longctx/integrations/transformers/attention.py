@@ -70,7 +70,7 @@ def attention_forward(
     state, counted = _state(module)
     why_dense = _why_dense(state, is_causal, query.shape[2])
     if state is None or why_dense:
-        out = _dense(query, key, value, options)
+        out, _ = attention(query, key, value, **options)
         if state is not None and counted and not torch.compiler.is_compiling():
             state.counts.add_dense(why_dense)
     else:
@@ -82,9 +82,7 @@ def attention_forward(
 def _predicate(key_ranges: Tensor | None, is_causal: bool, sliding_window: int | None) -> dict[str, Any]:
     """What dense attention of this layer sees, as keywords of `longctx.attention`."""
     if key_ranges is not None:
-        # K may reach beyond the last query, whose last range ends behind its own key.
-        seqused_k = key_ranges[:, -1, -1, 1].contiguous() if is_causal else None
-        return {"causal": is_causal, "key_ranges": key_ranges, "seqused_k": seqused_k}
+        return {"causal": False, "key_ranges": key_ranges}  # which already end where they must
     if sliding_window is None:
         return {"causal": is_causal}
     if not is_causal:
@@ -118,12 +116,6 @@ def _why_dense(state: LayerState | None, is_causal: bool, seqlen_q: int) -> str:
     return f"seqlen_q < {state.min_seqlen_q}" if seqlen_q < state.min_seqlen_q else ""
 
 
-def _dense(query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) -> Tensor:
-    if options.get("key_ranges") is not None:  # which already end where they must
-        options = {**options, "causal": False, "seqused_k": None}
-    return attention(query, key, value, **options)[0]
-
-
 @torch.compiler.disable  # a compiled model runs its policies between two graphs, and its decoding in one
 def _sparse(
     state: LayerState,
@@ -135,7 +127,7 @@ def _sparse(
     layer_idx: int | None,
     position_ids: Tensor | None,
 ) -> Tensor:
-    context = AttentionContext(**options, layer_idx=layer_idx)
+    context = _context(options, layer_idx)
     if state.rope is not None:
         positions = _positions(context, position_ids, query, key)
         context = dataclasses.replace(context, rope=state.rope, positions=positions)
@@ -148,6 +140,15 @@ def _sparse(
     if counted:
         state.counts.add_sparse(policy.name, pattern.density())
     return out
+
+
+def _context(options: dict[str, Any], layer_idx: int | None) -> AttentionContext:
+    """`options` of a causal layer, as a policy wants them: with the place of the queries, which the ranges hide."""
+    key_ranges: Tensor | None = options.get("key_ranges")
+    if key_ranges is not None:
+        # K may reach beyond the last query, whose last range ends behind its own key.
+        options = {**options, "causal": True, "seqused_k": key_ranges[:, -1, -1, 1].contiguous()}
+    return AttentionContext(**options, layer_idx=layer_idx)
 
 
 def _positions(context: AttentionContext, position_ids: Tensor | None, query: Tensor, key: Tensor) -> Tensor:
