@@ -237,6 +237,7 @@ class Worker {
   const BlockScoresParams& p_;
   const std::vector<SequenceMap>& maps_;
   const StripEngine& engine_;
+  const FlushSubnormals flush_;
   const LaneKernels& loops_;
   StripShape shape_;
   int64_t element_size_;

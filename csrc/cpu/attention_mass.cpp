@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "dense_chunk.h"
+#include "flush_subnormals.h"
 #include "kernels.h"
 #include "lane_kernels.h"
 #include "longctx/mask.h"
@@ -228,6 +229,7 @@ class Worker {
   }
 
   const Problem& w_;
+  const FlushSubnormals flush_;
   const StripShape& shape_;
   int64_t query_bytes_;
   char *queries_, *packed_, *tile_, *lse_;

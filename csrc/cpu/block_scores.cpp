@@ -7,6 +7,7 @@
 #include <limits>
 
 #include "dense_chunk.h"
+#include "flush_subnormals.h"
 #include "kernels.h"
 #include "parallel.h"
 #include "reduced_float.h"
@@ -213,6 +214,7 @@ class Worker {
   Means& q_means_;
   Means& k_means_;
   const StripEngine& engine_;
+  const FlushSubnormals flush_;
   const LaneKernels& loops_;
   StripShape shape_;
   int64_t query_bytes_;

@@ -4,8 +4,6 @@
 #include <atomic>
 #include <cstdint>
 
-#include "flush_subnormals.h"
-
 namespace longctx::cpu {
 
 // Calls body(begin, end, context) on sub-ranges of [0, n) that together cover it once.
@@ -32,7 +30,6 @@ void for_each_item(int64_t num_items, const PerThread& per_thread, const Work& w
   if (num_items <= 0) return;
   const auto body = [](int64_t, int64_t, void* opaque) {
     auto& c = *static_cast<Context*>(opaque);
-    const FlushSubnormals flush;
     auto state = (*c.per_thread)();
     for (int64_t item; (item = c.next.fetch_add(1, std::memory_order_relaxed)) < c.num_items;) {
       (*c.work)(item, state);
