@@ -8,6 +8,7 @@
 
 #include "block_scores.h"
 #include "dense_chunk.h"
+#include "flush_subnormals.h"
 #include "longctx/mask.h"
 #include "parallel.h"
 #include "scratch.h"

@@ -230,6 +230,7 @@ class Worker {
 
   const Problem& w_;
   const FlushSubnormals flush_;
+  const FlushSubnormals flush_;
   const StripShape& shape_;
   int64_t query_bytes_;
   char *queries_, *packed_, *tile_, *lse_;
