@@ -230,7 +230,6 @@ class Worker {
 
   const Problem& w_;
   const FlushSubnormals flush_;
-  const FlushSubnormals flush_;
   const StripShape& shape_;
   int64_t query_bytes_;
   char *queries_, *packed_, *tile_, *lse_;
