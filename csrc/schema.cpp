@@ -25,8 +25,8 @@ void define(torch::stable::detail::StableLibrary& library, const std::string& sc
 
 STABLE_TORCH_LIBRARY(longctx, m) {
   define(m, "_force_isa(str isa) -> ()");
-  define(m, "attention(Tensor q, Tensor k, Tensor v, " + kAttentionOptions +
-                ") -> (Tensor, Tensor)");
+  define(m,
+         "attention(Tensor q, Tensor k, Tensor v, " + kAttentionOptions + ") -> (Tensor, Tensor)");
   define(m,
          "attention_mass(Tensor q, Tensor k, Tensor lse, Tensor? segment_offsets=None, "
          "str reduce=\"key\", " +

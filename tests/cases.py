@@ -39,9 +39,10 @@ class OpCase:
     calls: Mapping[str, Callable[[torch.dtype], Call]]  # variant -> valid call
     illegal: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)  # option -> values that raise
     extreme: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)  # option -> odd, legal values
-    legal_sizes: frozenset[str] = frozenset()  # changed sizes (see resized) that make a valid call
+    legal_changes: frozenset[str] = frozenset()  # of those that test_bad_input makes, "<variant>: <change>"
     invalid: Mapping[str, Invalid] = field(default_factory=dict)  # why -> call
     differentiable: tuple[str, ...] = ()  # arguments that take a gradient
+    growing: Mapping[str, int] = field(default_factory=dict)  # arguments of "plain" that may be longer along a dim
     any_strides: frozenset[str] = frozenset()  # arguments that need no contiguous last dim
     dtypes: tuple[torch.dtype, ...] = DTYPES
 
@@ -169,12 +170,38 @@ def overridden_states(dtype: torch.dtype) -> Call:
     return call | {"lse_override": call["lse"].roll(1, dims=0)}
 
 
+def mass(call: Callable[[torch.dtype], Call], **options: Any) -> Callable[[torch.dtype], Call]:
+    """The call of `attention_mass` on what attention returns for `call`."""
+
+    def build(dtype: torch.dtype) -> Call:
+        arguments = call(dtype)
+        _, lse = longctx.reference.attention(**arguments)
+        del arguments["v"]
+        return arguments | {"lse": lse} | options
+
+    return build
+
+
+def scored(call: Callable[[torch.dtype], Call], **options: Any) -> Callable[[torch.dtype], Call]:
+    """The call of `block_scores` on the axes of `call`."""
+    names = ("q", "k", "cu_seqlens_q", "cu_seqlens_k", "seqused_k")
+    return lambda dtype: {name: value for name, value in call(dtype).items() if name in names} | options
+
+
+def block_map(*shape: int, **options: Any) -> Callable[[torch.dtype], Call]:
+    return lambda dtype: {"scores": torch.softmax(randn(*shape, dtype=dtype, seed=9), dim=-1)} | options
+
+
 ILLEGAL_OPTIONS = {
     "softmax_scale": (float("nan"), float("inf")),
     "window_size_left": (-2, -INT64_MAX),
     "window_size_right": (-2, -INT64_MAX),
     "num_sink_tokens": (-1, -INT64_MAX),
     "softcap": (float("nan"), float("inf"), -1.0),
+}
+ILLEGAL_BLOCK_SIZES = {
+    "block_size_q": (0, -16, 1, 8, 24, 256, 2**31, INT64_MAX),
+    "block_size_k": (0, -16, 2, 24, 256, 2**31, INT64_MAX),
 }
 EXTREME_OPTIONS = {
     "softmax_scale": (0.0, -1.0),
@@ -191,16 +218,10 @@ INVALID_SEQUENCES = {
     "cu_seqlens_q ends early": Invalid("packed", "cu_seqlens_q", int32(0, 0, 17, 22, 22, 45, 49)),
     "cu_seqlens_k negative": Invalid("packed", "cu_seqlens_k", int32(-1, 4, 34, 37, 37, 70, 70)),
     "cu_seqlens_k falls": Invalid("packed", "cu_seqlens_k", int32(0, 4, 34, 30, 37, 70, 70)),
-    "key_ranges negative": Invalid(
-        "all_options", "key_ranges", torch.full((2, 2, 37, 2), -1).int() + int32(0, 3)
-    ),
-    "key_ranges past the keys": Invalid(
-        "all_options", "key_ranges", torch.full((2, 1, 37, 2), 75).int() + int32(0, 1)
-    ),
+    "key_ranges negative": Invalid("all_options", "key_ranges", torch.full((2, 2, 37, 2), -1).int() + int32(0, 3)),
+    "key_ranges past the keys": Invalid("all_options", "key_ranges", torch.full((2, 1, 37, 2), 75).int() + int32(0, 1)),
 }
-BLOCKS_ALL_OPTIONS = with_blocks(
-    all_options, block_size_q=16, block_size_k=8, pattern_heads=3, pattern_batch=2
-)
+BLOCKS_ALL_OPTIONS = with_blocks(all_options, block_size_q=16, block_size_k=8, pattern_heads=3, pattern_batch=2)
 
 
 def edited(argument: str, index: tuple[int, ...], value: int) -> Invalid:
@@ -214,9 +235,7 @@ INVALID_BLOCKS = {
     "block_indices not ascending": edited("block_indices", (0,), 9),
     "block_indices negative": edited("block_indices", (0,), -1),
     "block_indices past the keys": edited("block_indices", (0,), 10),
-    "block_indices twice": edited(
-        "block_indices", (1,), int(BLOCKS_ALL_OPTIONS(torch.float32)["block_indices"][0])
-    ),
+    "block_indices twice": edited("block_indices", (1,), int(BLOCKS_ALL_OPTIONS(torch.float32)["block_indices"][0])),
     "block_indptr falls": edited("block_indptr", (0, 0, 1), 10_000),
     "block_indptr negative": edited("block_indptr", (0, 0, 0), -1),
     "block_indptr past the capacity": edited("block_indptr", (1, 2, 3), 10_000),
@@ -228,7 +247,12 @@ CASES = {
         OpCase(
             name="merge_states",
             calls={"plain": states, "override": overridden_states},
-            legal_sizes=frozenset({"out.size(4)+1", "out.size(4)=0"}),
+            legal_changes=frozenset(
+                f"{variant}: {change}"
+                for variant in ("plain", "override")
+                for change in ("out.size(4)+1", "out.size(4)=0", "out of dtype torch.bfloat16")
+            ),
+            growing={"out": 3, "lse": 3},
             differentiable=("out", "lse"),
             any_strides=frozenset({"out", "lse", "lse_override"}),
         ),
@@ -237,7 +261,10 @@ CASES = {
             calls={"plain": plain, "all_options": all_options, "packed": packed},
             illegal=ILLEGAL_OPTIONS,
             extreme=EXTREME_OPTIONS,
-            legal_sizes=frozenset({"v.size(3)+1"}),
+            legal_changes=frozenset(
+                {"all_options: v.size(3)+1", "packed: v.size(3)+1", "packed: q.size(2)+1", "packed: q.size(2)=0"}
+            ),
+            growing={"q": 2, "k": 2, "v": 2},
             invalid=INVALID_SEQUENCES,
             differentiable=("q", "k", "v"),
         ),
@@ -248,15 +275,128 @@ CASES = {
                 "all_options": BLOCKS_ALL_OPTIONS,
                 "packed": with_blocks(packed, block_size_q=16, block_size_k=8, pattern_heads=4),
             },
-            illegal=ILLEGAL_OPTIONS
-            | {
-                "block_size_q": (0, -16, 1, 8, 24, 256, 2**31, INT64_MAX),
-                "block_size_k": (0, -16, 2, 24, 256, 2**31, INT64_MAX),
-            },
+            illegal=ILLEGAL_OPTIONS | ILLEGAL_BLOCK_SIZES,
             extreme=EXTREME_OPTIONS,
-            legal_sizes=frozenset({"v.size(3)+1", "block_indices.size(0)+1", "block_indices.size(0)=0"}),
+            legal_changes=frozenset(
+                f"{variant}: {change}"
+                for variant in ("all_options", "packed")
+                for change in ("v.size(3)+1", "block_indices.size(0)+1", "block_indices.size(0)=0")
+            )
+            | {"packed: q.size(2)+1"},
+            growing={"k": 2, "v": 2},
             invalid=INVALID_SEQUENCES | INVALID_BLOCKS,
             differentiable=("q", "k", "v"),
+        ),
+        OpCase(
+            name="attention_mass",
+            calls={
+                "plain": mass(plain, reduce="both"),
+                "all_options": mass(all_options, segment_offsets=int32(0, 9, 9, 50, 75)),
+                "packed": mass(packed, reduce="diagonal"),
+            },
+            illegal=ILLEGAL_OPTIONS | {"reduce": ("row", "")},
+            extreme=EXTREME_OPTIONS,
+            legal_changes=frozenset(
+                {"all_options: segment_offsets.size(0)+1"}
+                | {f"{variant}: k.size(2){change}" for variant in ("all_options", "packed") for change in ("+1", "=0")}
+            ),
+            growing={"q": 2, "k": 2, "lse": 2},
+            invalid=INVALID_SEQUENCES
+            | {
+                "segment_offsets fall": Invalid("all_options", "segment_offsets", int32(0, 9, 8, 75)),
+                "segment_offsets past the keys": Invalid("all_options", "segment_offsets", int32(0, 9, 76)),
+                "segment_offsets negative": Invalid("all_options", "segment_offsets", int32(-1, 9, 75)),
+            },
+            differentiable=("q", "k", "lse"),
+            any_strides=frozenset({"lse"}),
+        ),
+        OpCase(
+            name="block_scores",
+            calls={
+                "plain": scored(plain, block_size_q=16, block_size_k=8),
+                "all_options": scored(all_options, block_size_q=32, block_size_k=16, method="max_mean", softmax=False),
+                "packed": scored(packed, block_size_q=16, block_size_k=8, method="antidiagonal", stride=8),
+            },
+            illegal=ILLEGAL_BLOCK_SIZES
+            | {
+                "method": ("sum", ""),
+                "softmax_scale": (float("nan"), float("inf")),
+                "q_offset": (INT64_MAX, -INT64_MAX),
+            },
+            extreme={"q_offset": (2**39, -(2**39)), "softmax_scale": (0.0, -1.0)},
+            legal_changes=frozenset(
+                f"{variant}: {change}"
+                for variant in ("all_options", "packed")
+                for change in ("q.size(2)+1", "q.size(2)=0", "k.size(2)+1", "k.size(2)=0")
+            ),
+            growing={"q": 2, "k": 2},
+            invalid={why: case for why, case in INVALID_SEQUENCES.items() if case.argument != "key_ranges"},
+            differentiable=("q", "k"),
+        ),
+        OpCase(
+            name="select_blocks",
+            calls={
+                "plain": block_map(2, 3, 7, 9, method="top_k", value=3),
+                "all_options": block_map(
+                    2,
+                    3,
+                    5,
+                    19,
+                    method="cumulative",
+                    value=torch.tensor([0.3, 0.7, 1.0]),
+                    scope="head",
+                    num_first=1,
+                    num_local=2,
+                    block_size_q=16,
+                    block_size_k=8,
+                    q_offset=-80,
+                    max_blocks_per_row=6,
+                    seqused_k=int32(150, 77),
+                ),
+                "packed": block_map(
+                    1,
+                    4,
+                    10,
+                    9,
+                    method="relative",
+                    value=0.5,
+                    block_size_q=16,
+                    block_size_k=8,
+                    cu_seqlens_q=packed(torch.float32)["cu_seqlens_q"],
+                    cu_seqlens_k=packed(torch.float32)["cu_seqlens_k"],
+                ),
+            },
+            illegal=ILLEGAL_BLOCK_SIZES
+            | {
+                "method": ("best", ""),
+                "scope": ("map", ""),
+                "value": (float("nan"),),
+                "num_first": (-1, -INT64_MAX),
+                "num_local": (-1, -INT64_MAX),
+                "max_blocks_per_row": (0, 2, -INT64_MAX),
+                "q_offset": (INT64_MAX, -INT64_MAX),
+            },
+            extreme={
+                "q_offset": (2**39, -(2**39)),
+                "value": (0.0, 1e30, -1e30, float("inf"), -float("inf")),
+                "max_blocks_per_row": (INT32_MAX, INT64_MAX, None),
+            },
+            legal_changes=frozenset(
+                f"{variant}: scores.size({dim}){change}"
+                for variant, dims in (("all_options", (2, 3)), ("packed", (1, 2, 3)))
+                for dim in dims
+                for change in ("+1", "=0")
+            )
+            | {f"all_options: value of dtype {dtype}" for dtype in (torch.float64, torch.bfloat16)},
+            growing={"scores": 2},
+            invalid={
+                "seqused_k past the keys": Invalid("all_options", "seqused_k", int32(150, 153)),
+                "seqused_k negative": Invalid("all_options", "seqused_k", int32(-1, 77)),
+                "cu_seqlens_q falls": Invalid("packed", "cu_seqlens_q", int32(0, 17, 0, 22, 22, 45, 50)),
+                "cu_seqlens_k negative": Invalid("packed", "cu_seqlens_k", int32(-1, 4, 34, 37, 37, 70, 70)),
+            },
+            any_strides=frozenset({"value"}),
+            dtypes=(torch.float32,),
         ),
     )
 }

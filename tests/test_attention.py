@@ -111,7 +111,7 @@ def random_call(seed: int) -> Call:
         seqlen_q=seqlen_q,
         seqlen_k=seqlen_k,
         head_dim=rng.choice((5, 16, 40, 64)),
-        head_dim_v=rng.choice((3, 16, 48, 64)),
+        head_dim_v=rng.choice((16, 33, 48, 64)),
         seed=seed,
     )
     if rng.random() < 0.3:
@@ -158,9 +158,7 @@ def test_packed_equals_one_by_one(isa: str, dtype: torch.dtype) -> None:
     for s in range(len(cu_seqlens_q) - 1):
         rows = slice(cu_seqlens_q[s], cu_seqlens_q[s + 1])
         keys = slice(cu_seqlens_k[s], cu_seqlens_k[s + 1])
-        alone = longctx.attention(
-            call["q"][:, :, rows], call["k"][:, :, keys], call["v"][:, :, keys], **options
-        )
+        alone = longctx.attention(call["q"][:, :, rows], call["k"][:, :, keys], call["v"][:, :, keys], **options)
         torch.testing.assert_close(out[:, :, rows], alone[0])
         torch.testing.assert_close(lse[:, :, rows], alone[1])
 
@@ -169,9 +167,7 @@ def test_packed_equals_one_by_one(isa: str, dtype: torch.dtype) -> None:
 def test_rows_of_no_sequence_see_nothing() -> None:
     call = qkv(torch.float32, batch=1, seqlen_q=50, seqlen_k=60)
     call["k"][:, :, 40:], call["v"][:, :, 40:] = torch.nan, torch.nan
-    out, lse = check_attention(
-        "attention", call | {"cu_seqlens_q": int32(0, 20, 30), "cu_seqlens_k": int32(0, 25, 40)}
-    )
+    out, lse = check_attention("attention", call | {"cu_seqlens_q": int32(0, 20, 30), "cu_seqlens_k": int32(0, 25, 40)})
     assert not out[:, :, 30:].any()
     assert torch.isneginf(lse[:, :, 30:]).all()
 
@@ -243,18 +239,14 @@ def test_equal_logits_average_the_values(isa: str) -> None:
     torch.testing.assert_close(lse, torch.full_like(lse, 777.0).log())
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"window_size_left": 30, "num_sink_tokens": 3}, {"softcap": 4.0}], ids=str
-)
+@pytest.mark.parametrize("options", [{}, {"window_size_left": 30, "num_sink_tokens": 3}, {"softcap": 4.0}], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_chunked_prefill_equals_one_pass(isa: str, dtype: torch.dtype, options: Call) -> None:
     call = qkv(dtype, seqlen_q=150, seqlen_k=150)
     out, lse = longctx.attention(**call, **options)
     for begin, end in ((0, 1), (1, 50), (50, 150)):
         rows, keys = slice(begin, end), slice(0, end)
-        part = longctx.attention(
-            call["q"][:, :, rows], call["k"][:, :, keys], call["v"][:, :, keys], **options
-        )
+        part = longctx.attention(call["q"][:, :, rows], call["k"][:, :, keys], call["v"][:, :, keys], **options)
         torch.testing.assert_close(part[0], out[:, :, rows])
         torch.testing.assert_close(part[1], lse[:, :, rows])
 
@@ -263,9 +255,7 @@ def test_order_of_keys_does_not_matter(isa: str) -> None:
     call = qkv(torch.float32, seqlen_k=700)
     order = torch.randperm(700, generator=generator(0))
     permuted = call | {name: call[name][:, :, order] for name in ("k", "v")}
-    for a, b in zip(
-        longctx.attention(**call, causal=False), longctx.attention(**permuted, causal=False), strict=True
-    ):
+    for a, b in zip(longctx.attention(**call, causal=False), longctx.attention(**permuted, causal=False), strict=True):
         torch.testing.assert_close(a, b)
 
 

@@ -40,9 +40,7 @@ def full_mask(call: Call, block_size_q: int, block_size_k: int) -> Tensor:
 def test_block_sizes(isa: str, block_size_q: int, block_size_k: int) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         call = qkv(dtype, seqlen_q=150, seqlen_k=300)
-        check_attention(
-            OP, random_blocks(call, block_size_q=block_size_q, block_size_k=block_size_k, pattern_heads=2)
-        )
+        check_attention(OP, random_blocks(call, block_size_q=block_size_q, block_size_k=block_size_k, pattern_heads=2))
 
 
 @pytest.mark.parametrize("head_dim", [1, 7, 64, 80, 96, 128, 192, 256, 300])
@@ -59,9 +57,7 @@ def test_pattern_of_heads_and_batch(dtype: torch.dtype, pattern_heads: int, patt
     call = qkv(dtype, num_q_heads=6, num_kv_heads=3, seqlen_q=70, seqlen_k=150)
     check_attention(
         OP,
-        random_blocks(
-            call, block_size_q=32, block_size_k=8, pattern_heads=pattern_heads, pattern_batch=pattern_batch
-        ),
+        random_blocks(call, block_size_q=32, block_size_k=8, pattern_heads=pattern_heads, pattern_batch=pattern_batch),
     )
 
 
@@ -79,19 +75,13 @@ def test_every_block_equals_dense(block_size_q: int, block_size_k: int, causal: 
 
 
 @pytest.mark.sanitize
-@pytest.mark.parametrize(
-    ("seqlen_q", "seqlen_k"), [(0, 0), (0, 9), (9, 0), (1, 1), (1, 700), (17, 5), (129, 1030)]
-)
+@pytest.mark.parametrize(("seqlen_q", "seqlen_k"), [(0, 0), (0, 9), (9, 0), (1, 1), (1, 700), (17, 5), (129, 1030)])
 def test_lengths(isa: str, seqlen_q: int, seqlen_k: int) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         call = qkv(dtype, seqlen_q=seqlen_q, seqlen_k=seqlen_k, head_dim=9)
         for causal in (True, False):
-            check_attention(
-                OP, random_blocks(call, block_size_q=16, block_size_k=8, pattern_heads=4), causal=causal
-            )
-            check_attention(
-                OP, random_blocks(call, block_size_q=64, block_size_k=1, density=0.9), causal=causal
-            )
+            check_attention(OP, random_blocks(call, block_size_q=16, block_size_k=8, pattern_heads=4), causal=causal)
+            check_attention(OP, random_blocks(call, block_size_q=64, block_size_k=1, density=0.9), causal=causal)
 
 
 @pytest.mark.parametrize(("block_size_q", "block_size_k"), [(16, 1), (16, 8), (64, 32), (128, 128)])
@@ -100,10 +90,7 @@ def test_disjoint_lists_merge_to_the_joint_one(block_size_q: int, block_size_k: 
     shape = full_mask(call, block_size_q, block_size_k).shape
     generator = torch.Generator().manual_seed(0)
     part = torch.randint(0, 4, (1, 4, *shape[2:]), generator=generator)  # 3: listed nowhere
-    states = [
-        longctx.block_sparse_attention(**listed(call, part == i, block_size_q, block_size_k))
-        for i in range(3)
-    ]
+    states = [longctx.block_sparse_attention(**listed(call, part == i, block_size_q, block_size_k)) for i in range(3)]
     merged = longctx.merge_states(*(torch.stack(parts) for parts in zip(*states, strict=True)))
     joint = longctx.block_sparse_attention(**listed(call, part < 3, block_size_q, block_size_k))
     for a, b in zip(merged, joint, strict=True):
@@ -165,9 +152,7 @@ def test_list_may_start_anywhere() -> None:
         mask = torch.zeros(1, 1, 1, 4, dtype=torch.bool)
         mask[..., list(heads)] = True
         expected = longctx.block_sparse_attention(**listed(call, mask, 32, 16))
-        actual = longctx.block_sparse_attention(
-            **call, block_indptr=torch.tensor(indptr), block_indices=indices
-        )
+        actual = longctx.block_sparse_attention(**call, block_indptr=torch.tensor(indptr), block_indices=indices)
         assert torch.equal(actual[0], expected[0])
 
 

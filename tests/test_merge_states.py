@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 import longctx
 from cases import CASES, DTYPES, Call, overridden_states, qkv, randn, states
-from checks import assert_accurate, in_float64, record
+from checks import assert_accurate, in_float64, record, residuals
 
 
 def peer(out: Tensor, lse: Tensor, lse_override: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -20,18 +21,29 @@ def peer(out: Tensor, lse: Tensor, lse_override: Tensor | None = None) -> tuple[
     return (weights[..., None] * out.where(present, 0)).sum(dim=0), merged
 
 
+def extended(out: Tensor, lse: Tensor, lse_override: Tensor | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """The formula in extended precision, without regard to overflow."""
+    logits = (lse if lse_override is None else lse_override).numpy().astype(np.longdouble)
+    weights = np.exp(logits)
+    mass = weights.sum(axis=0)
+    states = np.where(weights[..., None] > 0, out.double().numpy().astype(np.longdouble), 0)
+    merged = (weights[..., None] * states).sum(axis=0) / np.maximum(mass, np.finfo(np.longdouble).tiny)[..., None]
+    return merged, np.log(mass, where=mass > 0, out=np.full_like(mass, -np.inf))
+
+
 def check(call: Call) -> tuple[Tensor, Tensor]:
     case = CASES["merge_states"]
     out, lse = case.op(**call)
-    exact_out, exact_lse = case.twin(**in_float64(call))
+    exact = exact_out, exact_lse = case.twin(**in_float64(call))
     peer_out, peer_lse = peer(**call)
     assert out.dtype == call["out"].dtype
     assert lse.dtype == call["lse"].dtype
-    assert_accurate("out", out, exact_out, peer_out)
+    missed_out, missed_lse = residuals(extended(**call), exact)
+    assert_accurate("out", out, exact_out, peer_out, residual=missed_out)
     empty = torch.isneginf(exact_lse)
     assert torch.equal(torch.isneginf(lse), empty)
     assert not out[empty].any()
-    assert_accurate("lse", lse[~empty], exact_lse[~empty], peer_lse[~empty])
+    assert_accurate("lse", lse[~empty], exact_lse[~empty], peer_lse[~empty], residual=missed_lse[~empty])
     record("merge_states", out.dtype)
     return out, lse
 

@@ -131,7 +131,7 @@ def test_static_cache() -> None:
 
 def test_value_per_head() -> None:
     scores = random_scores(2, 3, 6, 6)
-    for value in (torch.tensor([0, 2, 5]), torch.tensor([0.0, 2.0, 5.0], dtype=torch.float64)):
+    for value in (torch.tensor([0.0, 2.0, 5.0]), torch.tensor([0.0, 2.0, 5.0], dtype=torch.float64)):
         blocks = assert_same_list(scores, method="top_k", value=value)
         last_rows = rows_of(blocks)[5::6]
         assert [len(row) for row in last_rows] == [0, 2, 5, 0, 2, 5]
@@ -278,6 +278,6 @@ def test_bad_values_stay_inside_the_tensors() -> None:
         assert int(indices.max()) < 5
     for used in (-5, 2**31 - 1):
         longctx.select_blocks(scores, **GOOD, seqused_k=torch.tensor([used], dtype=torch.int32))
+    bad = torch.tensor([0, 9, 3], dtype=torch.int32)
     with pytest.raises(ValueError, match="`cu_seqlens_q` must be non-decreasing"):
-        bad = torch.tensor([0, 9, 3], dtype=torch.int32)
         longctx.select_blocks(scores, **GOOD, cu_seqlens_q=bad, cu_seqlens_k=bad, validate=True)

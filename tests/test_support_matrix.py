@@ -26,9 +26,7 @@ def test_committed_table_claims_only_what_ran(request: pytest.FixtureRequest) ->
     if request.config.getoption("--write-support-matrix"):
         pytest.skip("the table is about to be written")
     claimed = {
-        entry
-        for entry in support_matrix.parse(support_matrix.PATH.read_text())
-        if entry.isa in available_isas()
+        entry for entry in support_matrix.parse(support_matrix.PATH.read_text()) if entry.isa in available_isas()
     }
     assert claimed, "the committed table is empty"
     not_run = claimed - support_matrix.ran()

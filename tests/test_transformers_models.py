@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from longctx.integrations.transformers import apply, stats
+import transformers
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel, StaticCache
-from transformers_models import NAMES, WINDOW, padding, tiny, tokens
+from transformers import CompileConfig, DynamicCache, PreTrainedModel, StaticCache
+
+from longctx.integrations.transformers import apply, stats
+from transformers_models import MORE_NAMES, NAMES, WINDOW, padding, tiny, tokens
 
 LENGTH = 50  # three windows
 CLOSE = {"atol": 2e-5, "rtol": 2e-5}
@@ -33,7 +35,7 @@ def assert_ours_ran(model: PreTrainedModel) -> None:
     assert table.never_reached == ()
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", NAMES + MORE_NAMES)
 @pytest.mark.parametrize("side", [None, "left", "right"])
 def test_logits(name: str, side: str | None) -> None:
     theirs, ours = pair(name)
@@ -57,7 +59,7 @@ def test_packed_documents_do_not_leak(name: str) -> None:
     torch.testing.assert_close(got, torch.cat(alone, dim=1), **CLOSE)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", NAMES + MORE_NAMES)
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("turns", [(11, 5, 1), (40, 9, 1, 20)], ids=["short", "long"])
 def test_cached_turns(name: str, cache: str, turns: tuple[int, ...]) -> None:
@@ -114,8 +116,10 @@ def test_generate(name: str, how: str) -> None:
     input_ids = tokens(2, LENGTH)
     attention_mask = padding([LENGTH, 38], "left")
     options = {"max_new_tokens": 6, "do_sample": False, "attention_mask": attention_mask, **GENERATION[how]}
+    options |= {"return_dict_in_generate": True, "output_logits": True}
     expected, got = theirs.generate(input_ids, **options), ours.generate(input_ids, **options)
-    assert torch.equal(got, expected)
+    assert torch.equal(got.sequences, expected.sequences)
+    torch.testing.assert_close(torch.stack(got.logits), torch.stack(expected.logits), **CLOSE)
     assert_ours_ran(ours)
 
 
@@ -128,6 +132,18 @@ def test_assisted_generation(name: str) -> None:
     expected = theirs.generate(input_ids, **options)
     assert torch.equal(ours.generate(input_ids, assistant_model=assistant, **options), expected)
     assert torch.equal(theirs.generate(input_ids, assistant_model=apply(assistant, "dense"), **options), expected)
+
+
+def test_compiled_decoding() -> None:
+    """`generate` with a static cache compiles the decoding step to one graph."""
+    theirs, ours = pair("mistral")
+    options = {"max_new_tokens": 4, "do_sample": False, "cache_implementation": "static"}
+    options["attention_mask"] = padding([LENGTH, 38], "left")
+    compile_config = CompileConfig(backend="eager", mode=None, fullgraph=True)
+    compile_config._compile_all_devices = True
+    expected = theirs.generate(tokens(2, LENGTH), **options)
+    assert torch.equal(ours.generate(tokens(2, LENGTH), compile_config=compile_config, **options), expected)
+    assert [layer.calls for layer in stats(ours).layers] == [1, 1]  # the prefill; graphs are not counted
 
 
 def test_window_is_applied_once() -> None:
@@ -170,3 +186,41 @@ def test_is_causal_false_is_honoured() -> None:
         is_token = slice(None) if mask is None else mask.bool()
         torch.testing.assert_close(got[is_token], expected[is_token], **CLOSE)
         assert not torch.allclose(got, logits(ours, input_ids, attention_mask=mask), atol=1e-2)
+
+
+ENCODERS = {
+    "Bert": {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4},
+    "ModernBert": {
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "local_attention": WINDOW,
+        "pad_token_id": 0,
+    },
+    "Bart": {
+        "d_model": 64,
+        "encoder_layers": 2,
+        "decoder_layers": 2,
+        "encoder_ffn_dim": 64,
+        "decoder_ffn_dim": 64,
+        "encoder_attention_heads": 4,
+        "decoder_attention_heads": 4,
+    },
+}
+
+
+@pytest.mark.parametrize("name", list(ENCODERS))
+@pytest.mark.parametrize("side", [None, "left", "right"])
+def test_bidirectional_and_cross_attention(name: str, side: str | None) -> None:
+    torch.manual_seed(0)
+    spread = {"init_std": 0.3} if name == "Bart" else {"initializer_range": 0.3}
+    config = getattr(transformers, name + "Config")(vocab_size=96, **spread, **ENCODERS[name])
+    theirs = getattr(transformers, name + "Model")(config).eval()
+    ours = copy.deepcopy(theirs)
+    ours.set_attn_implementation("longctx")
+    attention_mask = None if side is None else padding([LENGTH, 31], side)
+    is_token = slice(None) if attention_mask is None else attention_mask.bool()
+    with torch.no_grad():
+        expected, got = (m(tokens(2, LENGTH), attention_mask=attention_mask)[0] for m in (theirs, ours))
+    torch.testing.assert_close(got[is_token], expected[is_token], atol=1e-4, rtol=1e-4)

@@ -7,6 +7,7 @@
 #include <limits>
 #include <memory>
 
+#include "flush_subnormals.h"
 #include "kernels.h"
 #include "parallel.h"
 #include "scratch.h"
@@ -276,6 +277,7 @@ class Worker {
 
   const Problem& problem_;
   const StripEngine& engine_;
+  const FlushSubnormals flush_;
   const StripShape& shape_;
   int64_t query_stride_, state_stride_;
   char *queries_, *states_, *packed_;

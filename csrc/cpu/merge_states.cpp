@@ -13,7 +13,7 @@
 namespace longctx::cpu {
 namespace {
 
-constexpr int64_t kColumns = 256;          // output columns accumulated at a time, in L1
+constexpr int64_t kColumns = 256;           // output columns accumulated at a time, in L1
 constexpr int64_t kItemElements = 1 << 16;  // output elements of a work item
 
 template <class T, class In>
@@ -50,8 +50,8 @@ struct MergeStates {
       T acc[kColumns] = {};
       for (int64_t s = 0; s < params.num_states; ++s) {
         if (lse[s * params.rows] == -kInf) continue;
-        const In* out = static_cast<const In*>(params.out) +
-                        (s * params.rows + row) * params.dim + begin;
+        const In* out =
+            static_cast<const In*>(params.out) + (s * params.rows + row) * params.dim + begin;
         const T weight = weights[s];
         for (int64_t d = 0; d < count; ++d) acc[d] += weight * widen(out[d]);
       }

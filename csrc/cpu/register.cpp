@@ -5,6 +5,8 @@
 #include "cpu/parallel.h"
 #include "cpu/strip_engine.h"
 #include "ops/attention.h"
+#include "ops/attention_mass.h"
+#include "ops/block_scores.h"
 #include "ops/block_sparse_attention.h"
 #include "ops/merge_states.h"
 #include "ops/select_blocks.h"
@@ -64,6 +66,8 @@ STABLE_TORCH_LIBRARY_IMPL(longctx, CPU, m) {
   using namespace longctx;
   using namespace longctx::cpu;
   m.impl("attention", TORCH_BOX(&attention<run_attention_cpu>));
+  m.impl("attention_mass", TORCH_BOX(&attention_mass<run_attention_mass_cpu>));
+  m.impl("block_scores", TORCH_BOX(&block_scores<run_block_scores_cpu>));
   m.impl("block_sparse_attention",
          TORCH_BOX(&block_sparse_attention<run_block_sparse_attention_cpu>));
   m.impl("merge_states", TORCH_BOX(&merge_states<run_merge_states_cpu>));

@@ -28,6 +28,12 @@ struct Region {
   int64_t num_rows = 0;
 };
 
+// A competing block of one row.
+struct Entry {
+  uint32_t key;
+  int32_t column;
+};
+
 class Selector {
  public:
   explicit Selector(const SelectBlocksParams& params) : p_(params) {}
@@ -45,14 +51,14 @@ class Selector {
 
   // What the method chooses among the competing entries of a region; entry (i, column) has index
   // i * num_k_blocks + column.
-  ScoreCut cut(const Region& region, int64_t head) const {
+  ScoreCut cut(const Region& region, int64_t head, std::vector<Entry>& buffer) const {
     const float value = p_.head_values == nullptr ? p_.value : p_.head_values[head];
     const auto one = [](float) { return int64_t{1}; };
     switch (p_.method) {
       case SelectMethod::kTopK: {
         constexpr float kLargest = 9.0e18f;  // below 2^63
         const int64_t k = value > 0.0f ? static_cast<int64_t>(std::min(value, kLargest)) : 0;
-        return reach(region, head, k, one);
+        return reach(region, head, k, one, buffer);
       }
       case SelectMethod::kThreshold:
         return cut_at(value);
@@ -73,16 +79,14 @@ class Selector {
         if (j < r.first || j >= r.last) forced += mass;
       }
     }
-    return reach(region, head, mass_target(value, total) - forced,
-                 [shift](float score) { return score_mass(score, shift); });
+    return reach(
+        region, head, mass_target(value, total) - forced,
+        [shift](float score) { return score_mass(score, shift); }, buffer);
   }
 
   // The best `count` competing entries of one row.
-  ScoreCut best_of_row(const Region& region, int64_t head, int64_t i, int64_t count) const {
-    Region single = region;
-    single.first_row += i;
-    single.num_rows = 1;
-    return reach(single, head, count, [](float) { return int64_t{1}; });
+  static ScoreCut best_of_row(const Row& row, int64_t count, std::vector<Entry>& buffer) {
+    return reach_in_row(row, count, [](float) { return int64_t{1}; }, buffer);
   }
 
  private:
@@ -111,7 +115,9 @@ class Selector {
   // The smallest prefix of the order whose weights sum to `wanted`; everything if they fall short.
   // Descends digit by digit to the key at which the sum is reached, then counts ties by index.
   template <class Weight>
-  ScoreCut reach(const Region& region, int64_t head, int64_t wanted, const Weight& weight) const {
+  ScoreCut reach(const Region& region, int64_t head, int64_t wanted, const Weight& weight,
+                 std::vector<Entry>& buffer) const {
+    if (region.num_rows == 1) return reach_in_row(row(region, head, 0), wanted, weight, buffer);
     if (wanted <= 0) return {};
     uint32_t prefix = 0;
     for (int shift = 24; shift >= 0; shift -= 8) {
@@ -121,8 +127,7 @@ class Selector {
           sums[(key >> shift) & 255] += weight(score);
         }
       });
-      int digit = 255;
-      for (; digit >= 0 && sums[digit] < wanted; --digit) wanted -= sums[digit];
+      const int digit = digit_that_reaches(sums, &wanted);
       if (digit < 0) return {1, INT64_MAX};
       prefix = prefix << 8 | static_cast<uint32_t>(digit);
     }
@@ -133,6 +138,51 @@ class Selector {
       wanted -= weight(score);
     });
     return cut;
+  }
+
+  // The same for one row, whose entries fit a buffer: each pass starts at the first bit in which
+  // they differ and keeps those at the digit of the cut.
+  template <class Weight>
+  static ScoreCut reach_in_row(const Row& row, int64_t wanted, const Weight& weight,
+                               std::vector<Entry>& buffer) {
+    if (wanted <= 0) return {};
+    buffer.clear();
+    for (int64_t j = row.first; j < row.last; ++j) {
+      const uint32_t key = score_key(row.scores[j]);
+      if (key != 0) buffer.push_back({key, static_cast<int32_t>(j)});
+    }
+    for (;;) {
+      uint32_t differing = 0;
+      for (const Entry& entry : buffer) differing |= entry.key ^ buffer.front().key;
+      if (differing == 0) break;
+      int shift = 0;
+      while (differing >> shift > 255) ++shift;
+      int64_t sums[256] = {};
+      for (const Entry& entry : buffer) {
+        sums[(entry.key >> shift) & 255] += weight(row.scores[entry.column]);
+      }
+      const int digit = digit_that_reaches(sums, &wanted);
+      if (digit < 0) return {1, INT64_MAX};
+      size_t kept = 0;
+      for (const Entry& entry : buffer) {
+        buffer[kept] = entry;
+        kept += static_cast<int>((entry.key >> shift) & 255) == digit;
+      }
+      buffer.resize(kept);
+    }
+    for (const Entry& entry : buffer) {
+      wanted -= weight(row.scores[entry.column]);
+      if (wanted <= 0) return {entry.key, entry.column};
+    }
+    return {1, INT64_MAX};
+  }
+
+  // The highest digit down to which the sums reach `wanted`, which keeps what that digit must still
+  // give; -1 if they fall short.
+  static int digit_that_reaches(const int64_t (&sums)[256], int64_t* wanted) {
+    int digit = 255;
+    for (; digit >= 0 && sums[digit] < *wanted; --digit) *wanted -= sums[digit];
+    return digit;
   }
 
   const SelectBlocksParams& p_;
@@ -156,14 +206,23 @@ std::vector<Region> regions(const SelectBlocksParams& p) {
   return result;
 }
 
-// Calls visit(column) for the chosen columns in ascending order.
-template <class Visit>
-void for_each_chosen(const Row& row, const ScoreCut& cut, const Visit& visit) {
-  for (int64_t j = 0; j < row.first; ++j) visit(j);
+int64_t count_chosen(const Row& row, const ScoreCut& cut) {
+  int64_t count = row.num_forced();
   for (int64_t j = row.first; j < row.last; ++j) {
-    if (cut.chooses(score_key(row.scores[j]), j)) visit(j);
+    count += cut.chooses(score_key(row.scores[j]), j);
   }
-  for (int64_t j = row.last; j < row.num_visible; ++j) visit(j);
+  return count;
+}
+
+// Writes the `count` chosen columns in ascending order.
+void write_chosen(const Row& row, const ScoreCut& cut, int64_t count, int32_t* next) {
+  int32_t* const last = next + count - (row.num_visible - row.last);
+  for (int64_t j = 0; j < row.first; ++j) *next++ = static_cast<int32_t>(j);
+  for (int64_t j = row.first; j < row.last && next < last; ++j) {
+    *next = static_cast<int32_t>(j);  // overwritten unless chosen
+    next += cut.chooses(score_key(row.scores[j]), j);
+  }
+  for (int64_t j = row.last; j < row.num_visible; ++j) *next++ = static_cast<int32_t>(j);
 }
 
 }  // namespace
@@ -173,7 +232,6 @@ void run_select_blocks_cpu(const SelectBlocksParams& p) {
   const std::vector<Region> all = regions(p);
   const int64_t rows = p.map.num_q_blocks;
   const int64_t num_items = static_cast<int64_t>(all.size()) * p.heads;
-  const auto nothing = [] { return 0; };
   std::vector<ScoreCut> cuts(static_cast<size_t>(p.map.seqs.batch * p.heads * rows));
   std::fill_n(p.block_indptr, p.map.seqs.batch * p.heads * (rows + 1), 0);
 
@@ -187,18 +245,18 @@ void run_select_blocks_cpu(const SelectBlocksParams& p) {
   };
 
   // cut, count
-  for_each_item(num_items, nothing, [&](int64_t item, int) {
+  const auto entries = [] { return std::vector<Entry>(); };
+  for_each_item(num_items, entries, [&](int64_t item, std::vector<Entry>& buffer) {
     const Region& region = region_at(item);
     const int64_t head = item % p.heads;
-    const ScoreCut shared = selector.cut(region, head);
+    const ScoreCut shared = selector.cut(region, head, buffer);
     for (int64_t i = 0; i < region.num_rows; ++i) {
       const Row row = selector.row(region, head, i);
       ScoreCut cut = shared;
       if (cut.last_index != INT64_MAX) cut.last_index -= i * p.map.num_k_blocks;
-      int64_t count = 0;
-      for_each_chosen(row, cut, [&](int64_t) { ++count; });
+      int64_t count = count_chosen(row, cut);
       if (count > p.max_blocks_per_row) {
-        cut = selector.best_of_row(region, head, i, p.max_blocks_per_row - row.num_forced());
+        cut = Selector::best_of_row(row, p.max_blocks_per_row - row.num_forced(), buffer);
         count = std::max(p.max_blocks_per_row, row.num_forced());
       }
       const int64_t flat = flat_row(region, head, i);
@@ -215,16 +273,18 @@ void run_select_blocks_cpu(const SelectBlocksParams& p) {
   }
 
   // write
-  for_each_item(num_items, nothing, [&](int64_t item, int) {
-    const Region& region = region_at(item);
-    const int64_t head = item % p.heads;
-    for (int64_t i = 0; i < region.num_rows; ++i) {
-      const int64_t flat = flat_row(region, head, i);
-      int32_t* next = p.block_indices + p.block_indptr[flat + flat / rows];
-      for_each_chosen(selector.row(region, head, i), cuts[static_cast<size_t>(flat)],
-                      [&](int64_t column) { *next++ = static_cast<int32_t>(column); });
-    }
-  });
+  for_each_item(
+      num_items, [] { return 0; },
+      [&](int64_t item, int) {
+        const Region& region = region_at(item);
+        const int64_t head = item % p.heads;
+        for (int64_t i = 0; i < region.num_rows; ++i) {
+          const int64_t flat = flat_row(region, head, i);
+          const int64_t* indptr = p.block_indptr + flat + flat / rows;
+          write_chosen(selector.row(region, head, i), cuts[static_cast<size_t>(flat)],
+                       indptr[1] - indptr[0], p.block_indices + indptr[0]);
+        }
+      });
   std::fill(p.block_indices + total, p.block_indices + p.capacity, -1);
 }
 

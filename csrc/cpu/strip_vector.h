@@ -1,6 +1,6 @@
 // The strip engine on vector registers, written once over Vec<T>: a vector holds queries, keys and
-// values are broadcast. Both products keep a register block of kBlockRows rows (keys of S^T, value
-// columns of O^T) times kBlockVecs vectors and run over the whole depth.
+// values are broadcast. Keys are taken kStepKeys at a time: scores, softmax, values; the scores of
+// a step stay in the L1 cache.
 // Include after one vec_<isa>.h. Everything here has internal linkage, so that code compiled for
 // one instruction set is never linked into another.
 #pragma once
@@ -8,43 +8,57 @@
 
 #include <cstdint>
 #include <limits>
+#include <type_traits>
 
 #include "longctx/mask.h"
 #include "reduced_float.h"
 #include "strip_engine.h"
+#include "strip_products.h"
 
 namespace longctx::cpu {
 namespace {
 
-// Calls f(Count<n>) for a run-time n in [1, kMax]; does nothing for 0.
-template <int kCount>
-struct Count {
-  static constexpr int value = kCount;
-};
-template <int kMax, class F>
-inline void with_count(int64_t n, const F& f) {
-  if constexpr (kMax > 0) {
-    if (n == kMax) {
-      f(Count<kMax>{});
-    } else {
-      with_count<kMax - 1>(n, f);
-    }
-  }
-}
+inline int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 
 template <class In, class T>
 inline void widen_row(const In* from, int64_t n, T* to) {
   for (int64_t i = 0; i < n; ++i) to[i] = widen(from[i]);
 }
 
+// Rows that are about to be read (or written) column block by column block, all at once: their
+// cache misses then overlap.
+template <bool kWrite>
+inline void prefetch_row(const void* row, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) {
+    __builtin_prefetch(static_cast<const char*>(row) + i, kWrite, 2);
+  }
+}
+
+// Brings the rows of the chunk that is packed next into the L2 cache, one key at a time.
+class Prefetcher {
+ public:
+  Prefetcher(const KeyChunk::Upcoming& upcoming, int64_t k_bytes, int64_t v_bytes)
+      : upcoming_(upcoming), k_bytes_(k_bytes), v_bytes_(v_bytes) {}
+  void next() {
+    if (upcoming_.begin >= upcoming_.end) return;
+    prefetch_row<false>(upcoming_.chunk->k_rows[upcoming_.begin], k_bytes_);
+    prefetch_row<false>(upcoming_.chunk->v_rows[upcoming_.begin], v_bytes_);
+    ++upcoming_.begin;
+  }
+
+ private:
+  KeyChunk::Upcoming upcoming_;
+  int64_t k_bytes_;
+  int64_t v_bytes_;
+};
+
 // T: what is computed in; In: the dtype of q, k, v and out.
 template <class T, class In>
 struct VectorStrip {
   using V = Vec<T>;
-  static constexpr int kVecs = kStripRows / V::kLanes;
-  static constexpr int kBlockRows = V::kBlockRows;
-  static constexpr int kBlockVecs = V::kBlockVecs;
-  static constexpr int kBlockLanes = kBlockVecs * V::kLanes;
+  using Products = StripProducts<T>;
+  static constexpr int kLanes = V::kLanes;
+  static constexpr int kVecs = kStripRows / kLanes;
   // Keys per softmax step: S^T, Q^T and O^T of head_dim 128 share the L1 cache.
   static constexpr int kStepTiles = 4;
   static constexpr int kStepKeys = kStepTiles * kKeyTile;
@@ -52,12 +66,12 @@ struct VectorStrip {
 
   struct State {
     explicit State(void* memory)
-        : row_max(static_cast<T*>(memory)),
-          row_sum(row_max + kStripRows),
+        : reference(static_cast<T*>(memory)),
+          row_sum(reference + kStripRows),
           out_t(row_sum + kStripRows) {}
-    T* row_max;  // [kStripRows] running maximum of s
-    T* row_sum;  // [kStripRows] sum of exp(s - row_max)
-    T* out_t;    // [head_dim_v][kStripRows], relative to row_max
+    T* reference;  // [kStripRows] maximum of s when last raised; -inf: nothing seen
+    T* row_sum;    // [kStripRows] sum of exp(s - reference)
+    T* out_t;      // [head_dim_v][kStripRows], relative to the same reference
   };
 
   // The keys of one softmax step that at least one row sees; no other row of K or V is read.
@@ -85,11 +99,20 @@ struct VectorStrip {
   static void pack_queries(const StripShape& shape, const void* const* rows, int num_rows,
                            void* queries) {
     T* q_t = static_cast<T*>(queries);
-    const T scale = static_cast<T>(shape.softmax_scale);
-    for (int r = 0; r < kStripRows; ++r) {
-      const In* row = r < num_rows ? static_cast<const In*>(rows[r]) : nullptr;
-      for (int64_t d = 0; d < shape.head_dim; ++d) {
-        q_t[d * kStripRows + r] = row != nullptr ? widen(row[d]) * scale : T(0);
+    const V scale = V::broadcast(static_cast<T>(shape.softmax_scale));
+    for (int r = 0; r < num_rows; ++r) prefetch_row<false>(rows[r], sizeof(In) * shape.head_dim);
+    for (int64_t d = 0; d < shape.head_dim; d += kLanes) {
+      const int64_t cols = min_of(kLanes, shape.head_dim - d);
+      for (int r = 0; r < kStripRows; r += kLanes) {
+        V x[kLanes];
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i) {
+          x[i] = V::broadcast(0);
+          if (r + i < num_rows)
+            x[i] = load_row(static_cast<const In*>(rows[r + i]) + d, cols) * scale;
+        }
+        transpose(x);
+        for (int i = 0; i < cols; ++i) x[i].store(q_t + (d + i) * kStripRows + r);
       }
     }
   }
@@ -113,7 +136,7 @@ struct VectorStrip {
 
   static void reset(const StripShape& shape, void* state) {
     const State st(state);
-    for (int r = 0; r < kStripRows; ++r) st.row_max[r] = -kInf;
+    for (int r = 0; r < kStripRows; ++r) st.reference[r] = -kInf;
     for (int r = 0; r < kStripRows; ++r) st.row_sum[r] = 0;
     for (int64_t i = 0; i < shape.head_dim_v * kStripRows; ++i) st.out_t[i] = 0;
   }
@@ -123,49 +146,69 @@ struct VectorStrip {
     const State st(state);
     const T* q_t = static_cast<const T*>(queries);
     const int num_tiles = static_cast<int>(chunk.num_slots() / kKeyTile);
+    Prefetcher prefetcher(chunk.upcoming, sizeof(In) * shape.head_dim,
+                          sizeof(In) * shape.head_dim_v);
+    const auto prefetch = [&] { prefetcher.next(); };
     alignas(64) T s_t[kStepKeys * kStripRows];
     for (int tile = 0; tile < num_tiles;) {
       const Step step = collect_step(shape, packed, mask, num_tiles, tile);
       if (step.count == 0) continue;
       // s = q k^T
-      score_rows(step.k_rows, step.count, q_t, shape.head_dim, s_t);
+      Products::score_rows(step.k_rows, step.count, q_t, shape.head_dim, s_t, prefetch);
       if (shape.softcap > 0) apply_softcap(shape, step.count, s_t);
       // mask
       if (step.masked) mask_scores(step, s_t);
       // softmax update
       update_softmax(shape, step.count, s_t, st);
       // acc += p v
-      add_values(step.v_rows, step.count, s_t, shape.head_dim_v, st.out_t);
+      Products::add_values(step.v_rows, step.count, s_t, shape.head_dim_v, st.out_t, prefetch);
     }
   }
 
   static void finish(const StripShape& shape, void* state, const float* sinks, int num_rows,
                      void* const* out_rows, void* lse) {
     const State st(state);
+    alignas(64) T factors[kStripRows] = {};
+    uint32_t seen = 0;  // bit r: row r saw a key
     for (int r = 0; r < num_rows; ++r) {
-      const T row_max = st.row_max[r];
+      prefetch_row<true>(out_rows[r], sizeof(In) * shape.head_dim_v);
+      const T reference = st.reference[r];
       const T sum = st.row_sum[r];
-      const bool empty = sum == 0;
-      static_cast<T*>(lse)[r] = empty ? -kInf : static_cast<T>(row_max + ::log(sum));
-      // The sink joins the denominator; both are taken relative to the larger of the two maxima.
+      if (sum == 0) {
+        static_cast<T*>(lse)[r] = -kInf;
+        continue;
+      }
+      seen |= 1u << r;
+      static_cast<T*>(lse)[r] = static_cast<T>(reference + ::log(sum));
+      // The sink joins the denominator; both are taken relative to the larger of the two.
       double scale = 1;
       double denominator = sum;
       if (sinks != nullptr) {
-        const double top = sinks[r] > row_max ? sinks[r] : row_max;
-        scale = ::exp(row_max - top);
+        const double top = sinks[r] > reference ? sinks[r] : reference;
+        scale = ::exp(reference - top);
         denominator = sum * scale + ::exp(sinks[r] - top);
       }
-      const T factor = empty ? T(0) : static_cast<T>(scale / denominator);
-      In* out = static_cast<In*>(out_rows[r]);
-      for (int64_t d = 0; d < shape.head_dim_v; ++d) {
-        narrow(empty ? T(0) : st.out_t[d * kStripRows + r] * factor, out[d]);
+      factors[r] = static_cast<T>(scale / denominator);
+    }
+    for (int64_t d = 0; d < shape.head_dim_v; d += kLanes) {
+      const int64_t cols = min_of(kLanes, shape.head_dim_v - d);
+      for (int r = 0; r < num_rows; r += kLanes) {
+        V x[kLanes];
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i) {
+          const T* out = st.out_t + (d + (i < cols ? i : 0)) * kStripRows + r;
+          x[i] = select(seen >> r, V::load(out) * V::load(factors + r), V::broadcast(0));
+        }
+        transpose(x);
+        for (int i = 0; i < min_of(kLanes, num_rows - r); ++i) {
+          store_row(x[i], static_cast<In*>(out_rows[r + i]) + d, cols);
+        }
       }
     }
   }
 
   static void probabilities(const StripShape& shape, const void* queries, const KeyChunk& chunk,
-                            const void* packed, const ChunkMask& mask, const void* lse,
-                            void* p_t) {
+                            const void* packed, const ChunkMask& mask, const void* lse, void* p_t) {
     const T* q_t = static_cast<const T*>(queries);
     const T* row_lse = static_cast<const T*>(lse);
     uint32_t live_rows = 0;
@@ -181,13 +224,13 @@ struct VectorStrip {
       if (visibility != Visibility::kNone) {
         const T* k_rows[kKeyTile];
         for (int i = 0; i < kKeyTile; ++i) k_rows[i] = k_row(shape, packed, tile * kKeyTile + i);
-        score_rows(k_rows, kKeyTile, q_t, shape.head_dim, p);
+        Products::score_rows(k_rows, kKeyTile, q_t, shape.head_dim, p, [] {});
         if (shape.softcap > 0) apply_softcap(shape, kKeyTile, p);
       }
       for (int i = 0; i < kKeyTile; ++i, p += kStripRows) {
         uint32_t visible = visibility == Visibility::kNone ? 0 : live_rows;
         if (visibility == Visibility::kPartial) visible &= mask.visible[tile * kKeyTile + i];
-        for (int j = 0; j < kStripRows; j += V::kLanes) {
+        for (int j = 0; j < kStripRows; j += kLanes) {
           const V x = exp(V::load(p + j) - V::load(safe_lse + j));
           select(visible >> j, x, V::broadcast(0)).store(p + j);
         }
@@ -202,18 +245,34 @@ struct VectorStrip {
       const T* k_rows[kKeyTile];
       for (int i = 0; i < kKeyTile; ++i) k_rows[i] = k_row(shape, packed, tile * kKeyTile + i);
       T* s = static_cast<T*>(s_t) + tile * kKeyTile * kStripRows;
-      score_rows(k_rows, kKeyTile, q_t, shape.head_dim, s);
+      Products::score_rows(k_rows, kKeyTile, q_t, shape.head_dim, s, [] {});
       if (shape.softcap > 0) apply_softcap(shape, kKeyTile, s);
     }
   }
 
  private:
+  static V load_row(const In* from, int64_t cols) {
+    if constexpr (std::is_same_v<In, T>) {
+      if (cols == kLanes) return V::load(from);
+    }
+    alignas(64) T row[kLanes] = {};
+    widen_row(from, cols, row);
+    return V::load(row);
+  }
+  static void store_row(V x, In* to, int64_t cols) {
+    if constexpr (std::is_same_v<In, T>) {
+      if (cols == kLanes) return x.store(to);
+    }
+    alignas(64) T row[kLanes];
+    x.store(row);
+    for (int64_t i = 0; i < cols; ++i) narrow(row[i], to[i]);
+  }
+
   static const T* k_row(const StripShape& shape, const void* packed, int64_t slot) {
     return static_cast<const T*>(packed) + slot * shape.head_dim;
   }
   static const T* v_row(const StripShape& shape, const void* packed, int64_t slot) {
-    return static_cast<const T*>(packed) + kChunkKeys * shape.head_dim +
-           slot * value_stride(shape);
+    return static_cast<const T*>(packed) + kChunkKeys * shape.head_dim + slot * value_stride(shape);
   }
   // Values are read down their columns: an odd number of cache lines per row uses every cache set.
   static int64_t value_stride(const StripShape& shape) {
@@ -241,103 +300,10 @@ struct VectorStrip {
     return step;
   }
 
-  // s_t[i][row] = k_rows[i] . q[row]
-  static void score_rows(const T* const* k_rows, int count, const T* q_t, int64_t head_dim,
-                         T* s_t) {
-    int i = 0;
-    for (; i + kBlockRows <= count; i += kBlockRows) {
-      score_block<kBlockRows>(k_rows + i, q_t, head_dim, s_t + i * kStripRows);
-    }
-    with_count<kBlockRows - 1>(count - i, [&](auto rest) {
-      score_block<decltype(rest)::value>(k_rows + i, q_t, head_dim, s_t + i * kStripRows);
-    });
-  }
-
-  template <int kRows>
-  __attribute__((noinline)) static void score_block(const T* const* k_rows, const T* q_t, int64_t head_dim, T* s_t) {
-    const T* k[kRows];
-    #pragma GCC unroll 16
-    for (int n = 0; n < kRows; ++n) k[n] = k_rows[n];
-    for (int lane = 0; lane < kStripRows; lane += kBlockLanes) {
-      V acc[kRows][kBlockVecs];
-      #pragma GCC unroll 16
-      for (int n = 0; n < kRows; ++n) {
-        #pragma GCC unroll 16
-        for (int j = 0; j < kBlockVecs; ++j) acc[n][j] = V::broadcast(0);
-      }
-      const T* q = q_t + lane;
-      for (int64_t d = 0; d < head_dim; ++d, q += kStripRows) {
-        V x[kBlockVecs];
-        #pragma GCC unroll 16
-        for (int j = 0; j < kBlockVecs; ++j) x[j] = V::load(q + j * V::kLanes);
-        #pragma GCC unroll 16
-        for (int n = 0; n < kRows; ++n) {
-          const V key = V::broadcast(k[n][d]);
-          #pragma GCC unroll 16
-          for (int j = 0; j < kBlockVecs; ++j) acc[n][j] = fma(key, x[j], acc[n][j]);
-        }
-      }
-      #pragma GCC unroll 16
-      for (int n = 0; n < kRows; ++n) {
-        #pragma GCC unroll 16
-        for (int j = 0; j < kBlockVecs; ++j) {
-          acc[n][j].store(s_t + n * kStripRows + lane + j * V::kLanes);
-        }
-      }
-    }
-  }
-
-  // out_t[d][row] += sum_i v_rows[i][d] * p_t[i][row]
-  static void add_values(const T* const* v_rows, int count, const T* p_t, int64_t head_dim_v,
-                         T* out_t) {
-    int64_t d = 0;
-    for (; d + kBlockRows <= head_dim_v; d += kBlockRows) {
-      value_block<kBlockRows>(v_rows, count, p_t, d, out_t + d * kStripRows);
-    }
-    with_count<kBlockRows - 1>(head_dim_v - d, [&](auto rest) {
-      value_block<decltype(rest)::value>(v_rows, count, p_t, d, out_t + d * kStripRows);
-    });
-  }
-
-  template <int kRows>
-  __attribute__((noinline)) static void value_block(const T* const* v_rows, int count, const T* p_t, int64_t d, T* out_t) {
-    for (int lane = 0; lane < kStripRows; lane += kBlockLanes) {
-      V acc[kRows][kBlockVecs];
-      #pragma GCC unroll 16
-      for (int n = 0; n < kRows; ++n) {
-        #pragma GCC unroll 16
-        for (int j = 0; j < kBlockVecs; ++j) {
-          acc[n][j] = V::broadcast(0);
-        }
-      }
-      const T* p = p_t + lane;
-      for (int i = 0; i < count; ++i, p += kStripRows) {
-        V x[kBlockVecs];
-        #pragma GCC unroll 16
-        for (int j = 0; j < kBlockVecs; ++j) x[j] = V::load(p + j * V::kLanes);
-        const T* v = v_rows[i] + d;
-        #pragma GCC unroll 16
-        for (int n = 0; n < kRows; ++n) {
-          const V value = V::broadcast(v[n]);
-          #pragma GCC unroll 16
-          for (int j = 0; j < kBlockVecs; ++j) acc[n][j] = fma(value, x[j], acc[n][j]);
-        }
-      }
-      #pragma GCC unroll 16
-      for (int n = 0; n < kRows; ++n) {
-        #pragma GCC unroll 16
-        for (int j = 0; j < kBlockVecs; ++j) {
-          T* out = out_t + n * kStripRows + lane + j * V::kLanes;
-          (V::load(out) + acc[n][j]).store(out);
-        }
-      }
-    }
-  }
-
   static void apply_softcap(const StripShape& shape, int count, T* s_t) {
     const V cap = V::broadcast(static_cast<T>(shape.softcap));
     const V inverse = V::broadcast(static_cast<T>(1 / shape.softcap));
-    for (int i = 0; i < count * kStripRows; i += V::kLanes) {
+    for (int i = 0; i < count * kStripRows; i += kLanes) {
       (cap * tanh(V::load(s_t + i) * inverse)).store(s_t + i);
     }
   }
@@ -345,47 +311,55 @@ struct VectorStrip {
   static void mask_scores(const Step& step, T* s_t) {
     for (int i = 0; i < step.count; ++i, s_t += kStripRows) {
       if (step.visible[i] == ~0u) continue;
-      for (int j = 0; j < kStripRows; j += V::kLanes) {
+      for (int j = 0; j < kStripRows; j += kLanes) {
         select(step.visible[i] >> j, V::load(s_t + j), V::broadcast(-kInf)).store(s_t + j);
       }
     }
   }
 
-  // Turns s into exp(s - row_max) in place; rescales the state where a row's maximum has grown.
+  // Turns s into exp(s - reference) in place. The reference follows the row's maximum only when
+  // that has grown by kSlack: probabilities above 1 lose nothing, and rescaling becomes rare.
+  static constexpr T kSlack = 5;
   static void update_softmax(const StripShape& shape, int count, T* s_t, const State& st) {
     V row_max[kVecs];
-    for (int j = 0; j < kVecs; ++j) row_max[j] = V::load(st.row_max + j * V::kLanes);
+    for (int j = 0; j < kVecs; ++j) row_max[j] = V::broadcast(-kInf);
     for (int i = 0; i < count; ++i) {
       for (int j = 0; j < kVecs; ++j) {
-        row_max[j] = max(V::load(s_t + i * kStripRows + j * V::kLanes), row_max[j]);
+        row_max[j] = max(V::load(s_t + i * kStripRows + j * kLanes), row_max[j]);
       }
     }
     for (int j = 0; j < kVecs; ++j) {
-      const int lane = j * V::kLanes;
-      const V old_max = V::load(st.row_max + lane);
-      // A row that has seen nothing has maximum -inf: subtract a finite number instead.
-      const V safe_max = max(row_max[j], V::broadcast(std::numeric_limits<T>::lowest()));
-      V sum = V::load(st.row_sum + lane);
-      if (any_greater(row_max[j], old_max)) {
-        const V alpha = exp(old_max - safe_max);
-        row_max[j].store(st.row_max + lane);
-        sum = sum * alpha;
-        for (int64_t d = 0; d < shape.head_dim_v; ++d) {
-          T* out = st.out_t + d * kStripRows + lane;
-          (V::load(out) * alpha).store(out);
-        }
+      const int lane = j * kLanes;
+      if (any_greater(row_max[j], V::load(st.reference + lane) + V::broadcast(kSlack))) {
+        raise_reference(row_max[j], lane, shape.head_dim_v, st);
       }
+      const V reference = finite(V::load(st.reference + lane));
       // Summed apart first: one long chain of additions would lose a digit on thousands of keys.
       V step_sum = V::broadcast(0);
       for (int i = 0; i < count; ++i) {
         T* s = s_t + i * kStripRows + lane;
-        const V p = exp(V::load(s) - safe_max);
+        const V p = exp(V::load(s) - reference);
         step_sum = step_sum + p;
         p.store(s);
       }
-      (sum + step_sum).store(st.row_sum + lane);
+      (V::load(st.row_sum + lane) + step_sum).store(st.row_sum + lane);
     }
   }
+
+  static void raise_reference(V row_max, int lane, int64_t head_dim_v, const State& st) {
+    const V old = V::load(st.reference + lane);
+    const V raised = max(row_max, old);
+    raised.store(st.reference + lane);
+    const V factor = exp(old - finite(raised));
+    (V::load(st.row_sum + lane) * factor).store(st.row_sum + lane);
+    for (int64_t d = 0; d < head_dim_v; ++d) {
+      T* out = st.out_t + d * kStripRows + lane;
+      (V::load(out) * factor).store(out);
+    }
+  }
+
+  // The reference of a row that has seen nothing, -inf, cannot be subtracted.
+  static V finite(V x) { return max(x, V::broadcast(std::numeric_limits<T>::lowest())); }
 };
 
 template <class T, class In>

@@ -44,6 +44,9 @@ struct Vec<float> {
   friend Vec select_less(Vec x, Vec y, Vec a, Vec b) {
     return {_mm256_blendv_ps(b.v, a.v, _mm256_cmp_ps(x.v, y.v, _CMP_LT_OQ))};
   }
+  // The first and the second half of a0 b0 a1 b1 ...
+  friend Vec zip_low(Vec a, Vec b) { return zip_halves<0x20>(a, b); }
+  friend Vec zip_high(Vec a, Vec b) { return zip_halves<0x31>(a, b); }
   // Adds floor(t) to the exponent of 2^fraction. Results below 2^-126 are 0, above 2^127 they stay
   // there; the operand order of min and max lets a NaN through.
   friend Vec exp(Vec x) {
@@ -53,11 +56,18 @@ struct Vec<float> {
     const __m256 whole = _mm256_floor_ps(clamped);
     const Vec p = exp2_fraction(Vec{_mm256_sub_ps(clamped, whole)});
     const __m256i shift = _mm256_slli_epi32(_mm256_cvttps_epi32(whole), 23);
-    const __m256 scaled =
-        _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p.v), shift));
+    const __m256 scaled = _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p.v), shift));
     return {_mm256_andnot_ps(_mm256_cmp_ps(t, lowest, _CMP_LT_OQ), scaled)};
   }
   friend Vec tanh(Vec x) { return tanh_from_exp(x); }
+
+ private:
+  template <int kHalves>
+  static Vec zip_halves(Vec a, Vec b) {
+    const __m256 even = _mm256_unpacklo_ps(a.v, b.v);
+    const __m256 odd = _mm256_unpackhi_ps(a.v, b.v);
+    return {_mm256_permute2f128_ps(even, odd, kHalves)};
+  }
 };
 
 inline void widen_row(const Float16* from, int64_t n, float* to) {

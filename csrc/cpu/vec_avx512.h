@@ -35,15 +35,23 @@ struct Vec<float> {
   friend Vec operator/(Vec a, Vec b) { return {_mm512_div_ps(a.v, b.v)}; }
   friend Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
   friend Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }  // b where a is NaN
-  friend bool any_greater(Vec a, Vec b) {
-    return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ) != 0;
-  }
+  friend bool any_greater(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ) != 0; }
   // Lane i of a where bit i of `bits` is set, else of b.
   friend Vec select(uint32_t bits, Vec a, Vec b) {
     return {_mm512_mask_mov_ps(b.v, static_cast<__mmask16>(bits), a.v)};
   }
   friend Vec select_less(Vec x, Vec y, Vec a, Vec b) {
     return {_mm512_mask_mov_ps(b.v, _mm512_cmp_ps_mask(x.v, y.v, _CMP_LT_OQ), a.v)};
+  }
+  // The first and the second half of a0 b0 a1 b1 ...
+  friend Vec zip_low(Vec a, Vec b) {
+    const __m512i order = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    return {_mm512_permutex2var_ps(a.v, order, b.v)};
+  }
+  friend Vec zip_high(Vec a, Vec b) {
+    const __m512i order =
+        _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+    return {_mm512_permutex2var_ps(a.v, order, b.v)};
   }
   // scalef multiplies by 2^floor(t) and handles underflow, overflow and -inf itself.
   friend Vec exp(Vec x) {

@@ -39,12 +39,22 @@ struct Vec {
     for (int i = 0; i < kLanes; ++i) a.v[i] = (bits >> i & 1) != 0 ? a.v[i] : b.v[i];
     return a;
   }
+  // The first and the second half of a0 b0 a1 b1 ...
+  friend Vec zip_low(Vec a, Vec b) { return zip_from(a, b, 0); }
+  friend Vec zip_high(Vec a, Vec b) { return zip_from(a, b, kLanes / 2); }
   friend Vec exp(Vec x) {
     for (int i = 0; i < kLanes; ++i) x.v[i] = sizeof(T) == 8 ? ::exp(x.v[i]) : ::expf(x.v[i]);
     return x;
   }
   friend Vec tanh(Vec x) {
     for (int i = 0; i < kLanes; ++i) x.v[i] = sizeof(T) == 8 ? ::tanh(x.v[i]) : ::tanhf(x.v[i]);
+    return x;
+  }
+
+ private:
+  static Vec zip_from(Vec a, Vec b, int first) {
+    Vec x = a;
+    for (int i = 0; i < kLanes; ++i) x.v[i] = (i % 2 == 0 ? a : b).v[first + i / 2];
     return x;
   }
 };

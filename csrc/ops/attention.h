@@ -21,13 +21,7 @@ AttentionOutputs allocate_outputs(const Checker& check, const Tensor& q, const T
               {q.size(0), k.size(1), k.size(2), kAnySize});
   check.require(v.size(3) > 0, "v", "have a head_dim_v of at least 1", to_text(v.sizes()));
   check.contiguous_last_dim("v", v);
-  if (sinks) {
-    check.same_device("sinks", *sinks, q);
-    check.dtype("sinks", *sinks, ScalarType::Float);
-    check.shape("sinks", *sinks, "[num_q_heads]", {q.size(1)});
-    check.contiguous("sinks", *sinks);
-    params.sinks = sinks->const_data_ptr<float>();
-  }
+  params.sinks = sinks_data(check, sinks, q);
   check.require(!page_table, "page_table", "be None: paged KV is not supported yet", "a tensor");
 
   const ScalarType lse_type =

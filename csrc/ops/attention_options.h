@@ -28,6 +28,15 @@ inline TensorView view_of(const Tensor& tensor) {
           tensor.stride(2)};
 }
 
+inline const float* sinks_data(const Checker& check, const OptionalTensor& sinks, const Tensor& q) {
+  if (!sinks) return nullptr;
+  check.same_device("sinks", *sinks, q);
+  check.dtype("sinks", *sinks, ScalarType::Float);
+  check.shape("sinks", *sinks, "[num_q_heads]", {q.size(1)});
+  check.contiguous("sinks", *sinks);
+  return sinks->const_data_ptr<float>();
+}
+
 // q [batch, num_q_heads, seqlen_q, head_dim] and k [batch, num_kv_heads, seqlen_k, head_dim].
 template <class Params>
 void fill_query_key(const Checker& check, const Tensor& q, const Tensor& k, Params& params) {

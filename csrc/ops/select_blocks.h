@@ -13,8 +13,7 @@ inline SequenceParams map_sequences(const Checker& check, const Tensor& scores,
                                     const BlockMapParams& map, const OptionalTensor& cu_seqlens_q,
                                     const OptionalTensor& cu_seqlens_k,
                                     const OptionalTensor& seqused_k) {
-  SequenceParams seqs =
-      sequences(check, "scores", scores, cu_seqlens_q, cu_seqlens_k, seqused_k);
+  SequenceParams seqs = sequences(check, "scores", scores, cu_seqlens_q, cu_seqlens_k, seqused_k);
   seqs.seqlen_q = map.num_q_blocks * map.block_size_q;
   seqs.seqlen_k = map.num_k_blocks * map.block_size_k;
   return seqs;
@@ -38,16 +37,14 @@ std::tuple<Tensor, Tensor> select_blocks(
   check.contiguous_last_dim("scores", scores);
 
   SelectBlocksParams params;
-  params.method =
-      enum_named<SelectMethod>(check, "method", method, kMethods,
-                               "be 'top_k', 'cumulative', 'threshold' or 'relative'");
+  params.method = enum_named<SelectMethod>(check, "method", method, kMethods,
+                                           "be 'top_k', 'cumulative', 'threshold' or 'relative'");
   params.per_row = enum_named<bool>(check, "scope", scope, kScopes, "be 'row' or 'head'");
   params.map = block_map(check, block_size_q, block_size_k, causal, q_offset,
                          cu_seqlens_q.has_value() || cu_seqlens_k.has_value());
   params.map.num_q_blocks = scores.size(2);
   params.map.num_k_blocks = scores.size(3);
-  params.map.seqs =
-      map_sequences(check, scores, params.map, cu_seqlens_q, cu_seqlens_k, seqused_k);
+  params.map.seqs = map_sequences(check, scores, params.map, cu_seqlens_q, cu_seqlens_k, seqused_k);
   check.require(!std::isnan(value), "value", "not be NaN", value);
   params.value = static_cast<float>(value);
   if (head_values) {
@@ -64,9 +61,9 @@ std::tuple<Tensor, Tensor> select_blocks(
   const int64_t limit = max_blocks_per_row.value_or(scores.size(3));
   check.require(!max_blocks_per_row || limit > 0, "max_blocks_per_row", "be at least 1", limit);
   params.max_blocks_per_row = std::min(limit, scores.size(3));
-  check.require(params.max_blocks_per_row >=
-                    std::min(params.num_first + params.num_local, scores.size(3)),
-                "max_blocks_per_row", "leave room for `num_first` and `num_local`", limit);
+  check.require(
+      params.max_blocks_per_row >= std::min(params.num_first + params.num_local, scores.size(3)),
+      "max_blocks_per_row", "leave room for `num_first` and `num_local`", limit);
 
   params.scores = scores.const_data_ptr<float>();
   params.scores_batch_stride = scores.stride(0);
@@ -76,8 +73,7 @@ std::tuple<Tensor, Tensor> select_blocks(
   params.capacity = scores.size(0) * scores.size(1) * scores.size(2) * params.max_blocks_per_row;
   const Tensor indptr = torch::stable::new_empty(
       scores, {scores.size(0), scores.size(1), scores.size(2) + 1}, ScalarType::Long);
-  const Tensor indices =
-      torch::stable::new_empty(scores, {params.capacity}, ScalarType::Int);
+  const Tensor indices = torch::stable::new_empty(scores, {params.capacity}, ScalarType::Int);
   params.block_indptr = indptr.mutable_data_ptr<int64_t>();
   params.block_indices = indices.mutable_data_ptr<int32_t>();
   run(params);

@@ -33,16 +33,17 @@ LONGCTX_HD inline SequenceMap sequence_map(const BlockMapParams& map, int64_t in
   SequenceMap result;
   result.seq = sequence_at(map.seqs, index);
   result.first_row = first_row;
-  result.num_rows =
-      clamp_index((result.seq.q_len + map.block_size_q - 1) / map.block_size_q, 0,
-                  map.num_q_blocks - first_row);
+  result.num_rows = clamp_index((result.seq.q_len + map.block_size_q - 1) / map.block_size_q, 0,
+                                map.num_q_blocks - first_row);
   result.num_columns = clamp_index((result.seq.k_len + map.block_size_k - 1) / map.block_size_k, 0,
                                    map.num_k_blocks);
   result.first_position = result.seq.diagonal();
   if (map.has_q_offset) {
-    result.first_position =
-        map.q_offset + (map.seqs.seqused_k == nullptr ? 0 : result.seq.k_len);
+    result.first_position = map.q_offset + (map.seqs.seqused_k == nullptr ? 0 : result.seq.k_len);
   }
+  // Sequences that overlap own more rows than the map has: queries without a row do not exist.
+  const int64_t queries_with_row = result.num_rows * map.block_size_q;
+  if (result.seq.q_len > queries_with_row) result.seq.q_len = queries_with_row;
   return result;
 }
 

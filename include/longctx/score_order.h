@@ -18,7 +18,7 @@ LONGCTX_HD inline uint32_t score_bits(float score) {
 // Larger keys are better scores; 0 is "never chosen".
 LONGCTX_HD inline uint32_t score_key(float score) {
   const uint32_t bits = score_bits(score + 0.0f);  // -0 + 0 is +0
-  const uint32_t key = (bits & 0x80000000u) != 0 ? ~bits : bits | 0x80000000u;
+  const uint32_t key = bits ^ ((bits >> 31) != 0 ? 0xffffffffu : 0x80000000u);
   return score > -__builtin_huge_valf() ? key : 0;
 }
 
@@ -28,7 +28,7 @@ struct ScoreCut {
   uint32_t key = 0xffffffffu;
   int64_t last_index = -1;  // the default chooses nothing
   LONGCTX_HD bool chooses(uint32_t entry_key, int64_t index) const {
-    return entry_key > key || (entry_key == key && index <= last_index);
+    return (entry_key > key) | ((entry_key == key) & (index <= last_index));
   }
 };
 

@@ -9,6 +9,7 @@ import importlib
 from typing import Any
 
 from longctx import _library
+from longctx.integrations import install
 from longctx.ops import *  # noqa: F403
 from longctx.ops import __all__ as _op_names
 
@@ -20,7 +21,7 @@ _LAZY = {
     "Pattern": "longctx.prefill",
     "Policy": "longctx.prefill",
     "apply": "longctx.integrations.transformers",
-    "coverage": "longctx.coverage",
+    "coverage": "longctx.prefill",
     "get_policy": "longctx.prefill",
     "info": "longctx._info",
 }
@@ -37,3 +38,6 @@ def __getattr__(name: str) -> Any:
     if name in _LAZY_MODULES:
         return importlib.import_module(f"longctx.{name}")
     raise AttributeError(f"module 'longctx' has no attribute {name!r}")
+
+
+install()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import isnan
 from typing import Literal
 
 import torch
@@ -21,20 +22,23 @@ def unit_in_last_place(magnitude: float, dtype: torch.dtype) -> float:
     return float(2.0 ** torch.tensor(magnitude, dtype=torch.float64).log2().floor() * info.eps)
 
 
-def error_ratio(actual: Tensor, exact: Tensor, peer: Tensor) -> float:
+def error_ratio(actual: Tensor, exact: Tensor, *peers: Tensor, residual: Tensor | None = None) -> float:
     """Largest error of `actual` over what the accuracy rule allows; at most 1 passes.
 
-    Allowed is twice the largest error of `peer`, PyTorch's result in the same dtype, plus one unit
-    in the last place of the largest magnitude of `exact`, the result in float64.
+    Allowed is twice the largest error of `peers`, PyTorch's results in the same dtype, plus one unit in the last place
+    of the largest magnitude of `exact`, the result in float64. Where float64 itself is judged, `residual` is what
+    `exact` misses.
     """
-    if actual.shape != exact.shape or peer.shape != exact.shape:
-        raise ValueError(f"shapes differ: {actual.shape}, {exact.shape}, {peer.shape}")
+
+    def largest_error(result: Tensor) -> float:
+        error = result.double() - exact if residual is None else result.double() - exact - residual
+        return float(error.abs().max())  # NaN where there is one
+
     if exact.numel() == 0:
         return 0.0
     unit = unit_in_last_place(float(exact.abs().max()), actual.dtype)
-    allowed = 2.0 * float((peer.double() - exact).abs().max()) + unit
-    error = (actual.double() - exact).abs()
-    return float("inf") if bool(error.isnan().any()) else float(error.max()) / allowed
+    error = largest_error(actual)
+    return float("inf") if isnan(error) else error / (2.0 * max(map(largest_error, peers)) + unit)
 
 
 def surround_with_nan(tensor: Tensor, *, layout: Literal["bhsd", "bshd"] = "bhsd", margin: int = 3) -> Tensor:

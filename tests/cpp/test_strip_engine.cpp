@@ -395,6 +395,18 @@ TEST_P(StripEngineTest, VisibleNaNReachesTheRowsThatSeeIt) {
   }
 }
 
+TEST_P(StripEngineTest, RowsThatSeeNothingStayZeroBesideNaN) {
+  const Case c = {"Irregular", 200, 64, 64, 32, sees_irregular};
+  Problem problem(engine(), GetParam().dtype, c);
+  problem.v.fill_row(40, kNaN);
+  std::vector<double> lse;
+  run_attention(problem, nullptr, lse);
+  for (int r : {3, 17}) {
+    EXPECT_EQ(lse[r], -kInf) << "row " << r;
+    for (int64_t d = 0; d < c.head_dim_v; ++d) ASSERT_EQ(problem.out.get(r, d), 0) << "row " << r;
+  }
+}
+
 TEST_P(StripEngineTest, Probabilities) {
   for (const Case& c : kCases) {
     Problem problem(engine(), GetParam().dtype, c);

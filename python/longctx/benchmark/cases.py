@@ -66,9 +66,7 @@ def _first(result: object) -> Tensor:
 
 def _qkv(length: int, dtype: torch.dtype, heads: int, kv_heads: int, dim: int) -> tuple[Tensor, ...]:
     generator = torch.Generator().manual_seed(0)
-    return tuple(
-        torch.randn(1, h, length, dim, generator=generator).to(dtype) for h in (heads, kv_heads, kv_heads)
-    )
+    return tuple(torch.randn(1, h, length, dim, generator=generator).to(dtype) for h in (heads, kv_heads, kv_heads))
 
 
 def _attention_work(q: Tensor, k: Tensor, pairs: float) -> tuple[float, float]:
@@ -182,6 +180,76 @@ def _naive(length: int, dtype: torch.dtype) -> Contenders:
     return Contenders(run, flops, nbytes)
 
 
+def _causal_blocks(num_blocks: int) -> Tensor:
+    return torch.ones(num_blocks, num_blocks, dtype=torch.bool).tril()
+
+
+def _block_scores(length: int, dtype: torch.dtype, *, method: str) -> Contenders:
+    q, k, _ = _qkv(length, dtype, 8, 2, 128)
+    stride, blocks, scale = 16, length // BLOCK, 128**-0.5
+
+    def torch_mean() -> Tensor:
+        q_means = q.unflatten(2, (blocks, BLOCK)).mean(3, dtype=torch.float32)
+        k_means = k.unflatten(2, (blocks, BLOCK)).mean(3, dtype=torch.float32).repeat_interleave(4, dim=1)
+        logits = scale * (q_means @ k_means.transpose(2, 3))
+        return logits.masked_fill(~_causal_blocks(blocks), -torch.inf).softmax(-1)
+
+    def torch_antidiagonal() -> Tensor:
+        q_squares = q.unflatten(2, (-1, stride)).flip(3).flatten(3)
+        k_squares = k.unflatten(2, (-1, stride)).flatten(3).repeat_interleave(4, dim=1)
+        logits = (q_squares @ k_squares.transpose(2, 3)).float() * (scale / stride)
+        weights = logits.masked_fill(~_causal_blocks(length // stride), -torch.inf).softmax(-1)
+        return weights.unflatten(3, (blocks, -1)).sum(-1).unflatten(2, (blocks, -1)).mean(3)
+
+    run: dict[str, Callable[[], object]] = {
+        "longctx": lambda: longctx.block_scores(q, k, BLOCK, BLOCK, method=method, stride=stride),  # type: ignore[arg-type]
+        "torch": torch_mean if method == "mean" else torch_antidiagonal,
+    }
+    flops = 8 * 128 * (blocks**2 if method == "mean" else length**2 / stride)
+    return Contenders(run, flops, q.nbytes + k.nbytes)
+
+
+def _select_blocks(length: int, dtype: torch.dtype) -> Contenders:
+    """The best 10% of a row's blocks plus the diagonal, as a CSR list."""
+    blocks = length // BLOCK
+    scores = torch.rand(1, 8, blocks, blocks, generator=torch.Generator().manual_seed(0))
+    kept = max(1, blocks // 10)
+
+    def torch_top_k() -> tuple[Tensor, Tensor]:
+        visible = _causal_blocks(blocks)
+        masked = scores.masked_fill(~visible.tril(-1), -torch.inf)
+        chosen = torch.zeros_like(scores, dtype=torch.bool)
+        chosen.scatter_(3, masked.topk(kept, dim=-1).indices, True)
+        chosen = (chosen | torch.eye(blocks, dtype=torch.bool)) & visible
+        counts = chosen.sum(-1)
+        ends = counts.flatten().cumsum(0).view_as(counts)
+        return torch.cat([(ends - counts)[..., :1], ends], -1), chosen.nonzero()[:, -1].int()
+
+    run: dict[str, Callable[[], object]] = {
+        "longctx": lambda: longctx.select_blocks(scores, method="top_k", value=kept, num_local=1),
+        "torch": torch_top_k,
+    }
+    return Contenders(run, 0.0, scores.nbytes)
+
+
+def _attention_mass(length: int, dtype: torch.dtype) -> Contenders:
+    """What the last block of queries looks at: the estimate behind FlexPrefill and MInference."""
+    q, k, v = _qkv(length, dtype, 8, 2, 128)
+    q = q[:, :, -BLOCK:]
+    _, lse = longctx.attention(q, k, v)
+
+    def torch_mass() -> Tensor:
+        scores = (q.unflatten(1, (2, 4)) @ k.unsqueeze(2).transpose(3, 4)).float().flatten(1, 2) * 128**-0.5
+        visible = torch.ones(BLOCK, length, dtype=torch.bool).tril(length - BLOCK)
+        return (scores - lse.unsqueeze(-1)).exp().masked_fill(~visible, 0.0).sum(2)
+
+    run: dict[str, Callable[[], object]] = {
+        "longctx": lambda: longctx.attention_mass(q, k, lse, reduce="key"),
+        "torch": torch_mass,
+    }
+    return Contenders(run, 2.0 * 8 * 128 * BLOCK * length, k.nbytes)
+
+
 def _partial(make: Callable[..., Contenders], **options: object) -> Callable[..., Contenders]:
     return functools.partial(make, **options)
 
@@ -228,4 +296,14 @@ CASES = [
         {"sdpa": (8.0, 20.0)},
     ),
     Case("4 states, 8 heads, D=128", "merge_states", 8192, BF16, _merge),
+    Case("means, GQA 8/2, D=128", "block_scores", 32768, BF16, _partial(_block_scores, method="mean")),
+    Case(
+        "antidiagonals of 16, GQA 8/2, D=128",
+        "block_scores",
+        16384,
+        BF16,
+        _partial(_block_scores, method="antidiagonal"),
+    ),
+    Case("top 10%, 8 heads", "select_blocks", 65536, FP32, _select_blocks),
+    Case("last 128 queries by key, GQA 8/2, D=128", "attention_mass", 32768, BF16, _attention_mass),
 ]

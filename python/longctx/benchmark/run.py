@@ -129,9 +129,7 @@ def main(args: argparse.Namespace) -> list[Row]:
         rows += new
         print(
             "\n".join(
-                markdown(rows).splitlines()[-len(new) :]
-                if len(rows) > len(new)
-                else markdown(rows).splitlines()
+                markdown(rows).splitlines()[-len(new) :] if len(rows) > len(new) else markdown(rows).splitlines()
             ),
             flush=True,
         )

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from transformers import LlamaForCausalLM
+    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.models.llama.modeling_llama import LlamaAttention
 
 HEAD_DIM = 128
 HIDDEN = 384
@@ -113,14 +114,43 @@ def retrieval_model(
         >>> model.generate(prompt, max_new_tokens=2, do_sample=False)[0, 9:].tolist()
         [5, 9]
     """
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
+
+    config = retrieval_config(vocab_size, num_heads, num_kv_heads)
+    model = LlamaForCausalLM(config).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+        codes = word_codes(vocab_size)
+        model.model.embed_tokens.weight[:, OWN] = codes
+        model.model.embed_tokens.weight[:, CONSTANT] = NORM
+        for index, layer in enumerate(model.model.layers):
+            # The norm of what stands in the residual so far: the heads then read plain signs.
+            words = 1 if index == 0 else 3
+            layer.input_layernorm.weight.fill_(_rms(words))
+            layer.post_attention_layernorm.weight.fill_(1.0)
+            _write_layer(layer.self_attn, index, heads_of_layer(index, num_heads), generator)
+        model.model.norm.weight.fill_(_rms(4))
+        # A right answer stands 12 nats above any other; the scratch channels move a logit by tenths.
+        model.lm_head.weight[:, ANSWER] = 0.25 * codes
+        model.lm_head.weight[:, SCRATCH] = 0.02 * torch.randn(
+            vocab_size, HIDDEN - SCRATCH.start, generator=generator
+        )
+    return model.to(dtype)
+
+
+def retrieval_config(vocab_size: int, num_heads: int = 8, num_kv_heads: int | None = None) -> LlamaConfig:
+    """The configuration of `retrieval_model`."""
+    from transformers import LlamaConfig
 
     num_kv_heads = num_kv_heads or num_heads
     if num_heads < 2 or num_heads % num_kv_heads:
         raise ValueError(
-            f"longctx: the constructed model needs num_heads >= 2, a multiple of num_kv_heads; got {num_heads}, {num_kv_heads}"
+            "longctx: the constructed model needs `num_heads` >= 2, a multiple of `num_kv_heads`; "
+            f"got {num_heads} and {num_kv_heads}"
         )
-    config = LlamaConfig(
+    return LlamaConfig(
         vocab_size=vocab_size,
         hidden_size=HIDDEN,
         intermediate_size=8,
@@ -136,27 +166,6 @@ def retrieval_model(
         eos_token_id=BOS,
         pad_token_id=BOS,
     )
-    model = LlamaForCausalLM(config).eval()
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.zero_()
-        codes = word_codes(vocab_size)
-        model.model.embed_tokens.weight[:, OWN] = codes
-        model.model.embed_tokens.weight[:, CONSTANT] = NORM
-        for index, layer in enumerate(model.model.layers):
-            # The norm of what stands in the residual so far: the heads then read plain signs.
-            words = 1 if index == 0 else 3
-            layer.input_layernorm.weight.fill_(_rms(words))
-            layer.post_attention_layernorm.weight.fill_(1.0)
-            _write_layer(layer.self_attn, index, heads_of_layer(index, num_heads), num_kv_heads, generator)
-        model.model.norm.weight.fill_(_rms(4))
-        # A right answer stands 12 nats above any other; the scratch channels move a logit by tenths.
-        model.lm_head.weight[:, ANSWER] = 0.25 * codes
-        model.lm_head.weight[:, SCRATCH] = 0.02 * torch.randn(
-            vocab_size, HIDDEN - SCRATCH.start, generator=generator
-        )
-    return model.to(dtype)
 
 
 def _rms(words: int) -> float:
@@ -164,13 +173,13 @@ def _rms(words: int) -> float:
 
 
 def _write_layer(
-    attention: torch.nn.Module, layer: int, heads: tuple[Head, ...], num_kv_heads: int, generator: torch.Generator
+    attention: LlamaAttention, layer: int, heads: tuple[Head, ...], generator: torch.Generator
 ) -> None:
     """Writes the projections of one layer."""
     asked, offered = _content(layer)
-    group_size = len(heads) // num_kv_heads
+    group_size = attention.num_key_value_groups
     q, k, v, o = [], [], [], []
-    for kv_head in range(num_kv_heads):
+    for kv_head in range(len(heads) // group_size):
         # Signs that cancel between q and k, and between v and o: no two kv heads are exchangeable.
         pair_signs = _signs(HEAD_DIM // 2, generator).repeat(2)[:, None]
         value_signs = _signs(HEAD_DIM, generator)[:, None]

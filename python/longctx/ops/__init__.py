@@ -5,12 +5,16 @@ from longctx import _library
 _library.load()
 
 from longctx.ops.attention import attention  # noqa: E402
+from longctx.ops.attention_mass import attention_mass  # noqa: E402
+from longctx.ops.block_scores import block_scores  # noqa: E402
 from longctx.ops.block_sparse_attention import block_sparse_attention  # noqa: E402
 from longctx.ops.merge_states import merge_states  # noqa: E402
 from longctx.ops.select_blocks import select_blocks  # noqa: E402
 
 __all__ = [
     "attention",
+    "attention_mass",
+    "block_scores",
     "block_sparse_attention",
     "merge_states",
     "select_blocks",

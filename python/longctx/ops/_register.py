@@ -14,9 +14,10 @@ def register_op(name: str, fake: Callable[..., Any]) -> None:
     Without a registered backward, autograd would return silently wrong gradients.
     """
     qualified = f"longctx::{name}"
+    arguments = [argument.name for argument in getattr(torch.ops.longctx, name).default._schema.arguments]
 
     def checked_fake(*args: Any, **kwargs: Any) -> Any:
-        _require_one_device(qualified, args, kwargs)
+        _require_one_device(qualified, dict(zip(arguments, args, strict=False)) | kwargs)
         return fake(*args, **kwargs)
 
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -26,8 +27,11 @@ def register_op(name: str, fake: Callable[..., Any]) -> None:
     torch.library.register_autograd(qualified, backward)
 
 
-def _require_one_device(qualified: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
-    devices = sorted({str(tensor.device) for tensor in tensors})
-    if len(devices) > 1:
-        raise ValueError(f"{qualified}: all tensors must be on one device; got {', '.join(devices)}")
+def _require_one_device(qualified: str, arguments: dict[str, Any]) -> None:
+    devices = {name: value.device for name, value in arguments.items() if isinstance(value, torch.Tensor)}
+    first = next(iter(devices), "")
+    for name, device in devices.items():
+        if device != devices[first]:
+            raise ValueError(
+                f"{qualified}: `{name}` must be on the device of `{first}`, {devices[first]}; got {device}"
+            )

@@ -23,6 +23,15 @@ def offsets(op: str, argument: str, cu_seqlens: Tensor | None, total: int | None
         _require(values[-1] == total, op, argument, f"end at the length of its axis, {total}", str(values[-1]))
 
 
+def segments(op: str, argument: str, segment_offsets: Tensor | None, seqlen_k: int) -> None:
+    """`segment_offsets` never falls and lies within [0, seqlen_k]."""
+    if segment_offsets is None or segment_offsets.numel() == 0:
+        return
+    _require((segment_offsets.diff() >= 0).all(), op, argument, "be non-decreasing", "a smaller value")
+    low, high = int(segment_offsets[0]), int(segment_offsets[-1])
+    _require(low >= 0 and high <= seqlen_k, op, argument, f"be in [0, {seqlen_k}]", f"[{low}, {high}]")
+
+
 def lengths(op: str, argument: str, seqused_k: Tensor | None, seqlen_k: int) -> None:
     """`seqused_k` is within [0, seqlen_k]."""
     if seqused_k is None or seqused_k.numel() == 0:
@@ -45,14 +54,10 @@ def block_list(op: str, block_indptr: Tensor, block_indices: Tensor, num_k_block
     """`block_indptr` is a CSR row pointer into `block_indices`; rows are ascending block numbers."""
     capacity = block_indices.numel()
     indptr = block_indptr.reshape(-1, block_indptr.shape[-1])
-    _require(
-        (indptr[:, 1:] >= indptr[:, :-1]).all(), op, "block_indptr", "be non-decreasing", "a smaller value"
-    )
+    _require((indptr[:, 1:] >= indptr[:, :-1]).all(), op, "block_indptr", "be non-decreasing", "a smaller value")
     if indptr.numel():
         low, high = (int(x) for x in torch.aminmax(indptr))
-        _require(
-            low >= 0 and high <= capacity, op, "block_indptr", f"be in [0, {capacity}]", f"[{low}, {high}]"
-        )
+        _require(low >= 0 and high <= capacity, op, "block_indptr", f"be in [0, {capacity}]", f"[{low}, {high}]")
     for row_pointers in indptr:
         first, last = int(row_pointers[0]), int(row_pointers[-1])
         listed = block_indices[first:last]

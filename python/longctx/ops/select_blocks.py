@@ -50,7 +50,7 @@ def select_blocks(
         scores: float32 `[batch, heads, num_q_blocks, num_k_blocks]`, last dim contiguous; `block_scores`
             makes them.
         method: see above.
-        value: a number, or one per head: a tensor `[heads]`. Rounded to float32.
+        value: a number, or one per head: a floating-point tensor `[heads]`. Rounded to float32.
         scope: `"row"` cuts every row by itself; `"head"` makes one cut over the whole map of a head (of
             each sequence), entries ordered by row and then block.
         num_first, num_local: numbers of forced blocks at the start and at the end of the visible ones.
@@ -95,8 +95,17 @@ def select_blocks(
         _validate.lengths("select_blocks", "seqused_k", seqused_k, scores.shape[3] * block_size_k)
     head_values = None
     if isinstance(value, Tensor):
+        if not value.is_floating_point():
+            raise TypeError(f"longctx::select_blocks: `value` must be floating point; got {value.dtype}")
+        if value.shape != scores.shape[1:2]:
+            raise ValueError(
+                f"longctx::select_blocks: `value` must have shape [heads] = {list(scores.shape[1:2])}; "
+                f"got {list(value.shape)}"
+            )
+        if value.device != scores.device:
+            raise ValueError(f"longctx::select_blocks: `value` must be on {scores.device}; got {value.device}")
         head_values, value = value.to(torch.float32).contiguous(), 0.0
-    return torch.ops.longctx.select_blocks(
+    blocks: tuple[Tensor, Tensor] = torch.ops.longctx.select_blocks(
         scores,
         method,
         float(value),
@@ -113,6 +122,7 @@ def select_blocks(
         cu_seqlens_k,
         seqused_k,
     )
+    return blocks
 
 
 def _fake(

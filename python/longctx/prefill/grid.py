@@ -142,6 +142,8 @@ def token_intervals(predicate: Predicate, shape: Shape, device: torch.device) ->
 def block_intervals(predicate: Predicate, shape: Shape, rows: Rows, block_size_q: int, block_size_k: int) -> Tensor:
     """The key blocks each row of queries sees, as intervals: int64 [batch, 1 to 4, num_rows, 2]."""
     intervals = token_intervals(predicate, shape, rows.seq.device)
+    if shape[2] == 0:
+        return intervals.new_zeros(intervals.shape[0], intervals.shape[1], rows.seq.shape[1], 2)
     index, own = rows.tokens(block_size_q, shape[2])
     batch = torch.arange(index.shape[0], device=index.device)[:, None, None]
     begin, end = intervals.movedim(1, 2)[batch, index].unbind(-1)  # [batch, num_rows, block_size_q, 1 to 4]
@@ -159,10 +161,29 @@ def visible_tiles(predicate: Predicate, shape: Shape, rows: Rows, block_size_q: 
     return ((block >= begin) & (block < end)).any(1)
 
 
+def first_visible(visible: Tensor, count: int = 1) -> Tensor:
+    """The first `count` tiles that each row sees, where attention sinks live whatever the padding: bool."""
+    return visible & (visible.cumsum(-1) <= count)
+
+
+def disjoint(intervals: Tensor) -> Tensor:
+    """The same union of intervals [batch, n, num_rows, 2], in order and without overlap."""
+    begin, order = intervals[..., 0].sort(dim=1)
+    end = intervals[..., 1].gather(1, order)
+    covered = torch.cat([torch.zeros_like(end[:, :1]), end.cummax(1).values[:, :-1]], 1)
+    begin = torch.maximum(begin, covered)
+    return torch.stack([begin, torch.maximum(begin, end)], -1)
+
+
 def count_blocks(intervals: Tensor) -> Tensor:
     """Length of the union of each row's intervals: [batch, n, num_rows, 2] -> int64 [batch, num_rows]."""
-    begin, end = intervals.unbind(-1)
-    begin, order = begin.sort(dim=1)
-    end = end.gather(1, order)
-    covered = torch.cat([torch.zeros_like(end[:, :1]), end.cummax(1).values[:, :-1]], 1)
-    return (end - torch.maximum(begin, covered)).clamp(min=0).sum(1)
+    return disjoint(intervals).diff(dim=-1).sum((1, 3))
+
+
+def lower_bound(values: Tensor, first: Tensor, last: Tensor, target: Tensor) -> Tensor:
+    """Index of the first entry >= `target` in each ascending stretch `values[first:last]`; `last` if there is none."""
+    for _ in range(values.numel().bit_length()):
+        middle = (first + last) // 2
+        below = (first < last) & (values[middle.clamp(max=values.numel() - 1)] < target)
+        first, last = torch.where(below, middle + 1, first), torch.where(below, last, middle)
+    return first

@@ -38,14 +38,14 @@ class PerLayer(Policy):
     def changes_logits(self) -> bool:
         return any(policy.changes_logits for policy in [*self.layers.values(), self.default])
 
-    def policy_of(self, context: AttentionContext) -> Policy:
-        """The policy of the layer that is calling."""
-        if context.layer_idx is None:
+    def policy_of(self, layer_idx: int | None) -> Policy:
+        """The policy of one layer."""
+        if layer_idx is None:
             raise ValueError("longctx::perlayer: `layer_idx` must be given in the context; got None")
-        return self.layers.get(context.layer_idx, self.default)
+        return self.layers.get(layer_idx, self.default)
 
     def select(self, q: Tensor, k: Tensor, context: AttentionContext) -> Pattern:
-        return self.policy_of(context).select(q, k, context)
+        return self.policy_of(context.layer_idx).select(q, k, context)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor]:
-        return self.policy_of(context).attend(q, k, v, context)
+        return self.policy_of(context.layer_idx).attend(q, k, v, context)

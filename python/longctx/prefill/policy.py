@@ -25,6 +25,8 @@ from longctx.prefill.grid import (
     block_intervals,
     ceil_div,
     count_blocks,
+    disjoint,
+    lower_bound,
     token_intervals,
     token_rows,
 )
@@ -54,12 +56,19 @@ class AttentionContext(Predicate):
     rope: Rope | None = None
 
     def score_options(self) -> dict[str, Any]:
-        """The predicate, scale and cap: all that decides a score, without what happens to it later."""
+        """The keywords of an op that decide a score: predicate, scale and cap."""
         return {**self.predicate(), "softmax_scale": self.softmax_scale, "softcap": self.softcap}
+
+    def options(self) -> dict[str, Any]:
+        """The keywords of `longctx.attention`."""
+        return {**self.score_options(), "sinks": self.sinks}
 
     def list_options(self, q: Tensor, k: Tensor) -> dict[str, Any]:
         """The keywords of `select_blocks` that place its rows."""
-        q_offset = -q.shape[2] if self.seqused_k is not None else k.shape[2] - q.shape[2]
+        # Counted from `seqused_k` where that is given; packed sequences align by themselves.
+        q_offset = (0 if self.seqused_k is not None else k.shape[2]) - q.shape[2]
+        if self.cu_seqlens_q is not None:
+            q_offset = 0
         return {**self.lengths(), "causal": self.causal, "q_offset": q_offset}
 
 
@@ -68,7 +77,7 @@ class Pattern(Predicate):
     """Which scores a method computes: a block list (None: every visible tile) and a predicate."""
 
     shape: Shape
-    context: AttentionContext  # its predicate is that of dense attention, the yardstick of `density`
+    visible: Predicate  # what dense attention sees: the yardstick of `density`
     block_indptr: Tensor | None = None  # int64 [batch or 1, heads_of_pattern, num_q_blocks + 1]
     block_indices: Tensor | None = None  # int32 [capacity]
     block_size_q: int = 128
@@ -78,19 +87,19 @@ class Pattern(Predicate):
     def of(cls, q: Tensor, k: Tensor, context: AttentionContext, **fields: Any) -> Pattern:
         """The pattern of a call: dense attention, narrowed by `fields`."""
         shape = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
-        return cls(shape=shape, context=context, **{**context.predicate(), **fields})
+        return cls(shape=shape, visible=context, **{**context.predicate(), **fields})
 
     @classmethod
     def of_tiles(cls, q: Tensor, k: Tensor, context: AttentionContext, tiles: Tensor, block_size: int) -> Pattern:
         """The pattern that visits the tiles set in a bool map [batch, heads, num_q_blocks, num_k_blocks]."""
-        blocks = {"block_size_q": block_size, "block_size_k": block_size}
+        blocks: dict[str, Any] = {"block_size_q": block_size, "block_size_k": block_size}
         options = context.list_options(q, k)
         indptr, indices = select_blocks(tiles.float(), method="threshold", value=0.5, **blocks, **options)
         return cls.of(q, k, context, block_indptr=indptr, block_indices=indices, **blocks)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor]:
         """Exact attention over the pattern: (out, lse)."""
-        options = {**self.context.score_options(), **self.predicate(), "sinks": self.context.sinks}
+        options = {**context.options(), **self.predicate()}
         if self.block_indptr is None or self.block_indices is None:
             return attention(q, k, v, **options)
         lists = (self.block_indptr, self.block_indices, self.block_size_q, self.block_size_k)
@@ -100,17 +109,18 @@ class Pattern(Predicate):
         """Tiles visited divided by tiles that dense attention visits: a float32 scalar, without a sync."""
         rows = self._rows()
         sizes = (self.block_size_q, self.block_size_k)
-        dense = count_blocks(block_intervals(self.context, self.shape, rows, *sizes)).sum()
+        dense = count_blocks(block_intervals(self.visible, self.shape, rows, *sizes)).sum()
         intervals = block_intervals(self, self.shape, rows, *sizes)
         if self.block_indptr is None or self.block_indices is None:
             return (count_blocks(intervals).sum() / dense.clamp(min=1)).float()
-        batch, head, row = self._entry_rows()
-        batches = torch.arange(self.shape[0], device=row.device)[:, None] if self.block_indptr.shape[0] == 1 else batch
-        begin, end = intervals.movedim(1, 2)[batches, row].unbind(-1)
-        block = self.block_indices[:, None]
-        visited = ((block >= begin) & (block < end)).any(-1) & (head >= 0)
+        # Entries of a row are ascending: a bisection tells how many lie in each interval.
+        first, last = self.block_indptr[:, :, None, :-1], self.block_indptr[:, :, None, 1:]
+        begin, end = disjoint(intervals)[:, None].unbind(-1)
+        visited = lower_bound(self.block_indices, first, last, end) - lower_bound(
+            self.block_indices, first, last, begin
+        )
         heads = self.block_indptr.shape[1]
-        return (visited.sum() / (dense * heads).clamp(min=1)).float()
+        return (visited.clamp(min=0).sum() / (dense * heads).clamp(min=1)).float()
 
     def to_mask(self) -> Tensor:
         """The scores that count: bool [batch, num_q_heads, seqlen_q, seqlen_k]. Quadratic, meant for tests."""
@@ -141,30 +151,22 @@ class Pattern(Predicate):
 
     def to_tiles(self) -> Tensor:
         """The block list as a bool map [batch or 1, heads_of_pattern, num_q_blocks, num_k_blocks]."""
-        assert self.block_indptr is not None and self.block_indices is not None
+        assert self.block_indptr is not None
+        assert self.block_indices is not None
         batch, heads, ends = self.block_indptr.shape
-        num_k_blocks = ceil_div(self.shape[3], self.block_size_k)
-        tiles = self.block_indices.new_zeros(batch * heads * (ends - 1) * num_k_blocks + 1, dtype=torch.bool)
-        b, h, row = self._entry_rows()
-        flat = ((b * heads + h) * (ends - 1) + row) * num_k_blocks + self.block_indices
-        tiles[torch.where(h >= 0, flat, tiles.numel() - 1)] = True
-        return tiles[:-1].view(batch, heads, ends - 1, num_k_blocks)
+        num_k_blocks, capacity = ceil_div(self.shape[3], self.block_size_k), self.block_indices.numel()
+        # One spare column takes the -1 behind the last row.
+        counts = self.block_indptr.diff(dim=-1).flatten()
+        counts = torch.cat([counts, capacity - counts.sum(0, keepdim=True)])
+        row = torch.repeat_interleave(counts, output_size=capacity)
+        tiles = self.block_indices.new_zeros(batch * heads * (ends - 1) * (num_k_blocks + 1), dtype=torch.bool)
+        tiles.index_fill_(0, torch.add(self.block_indices, row, alpha=num_k_blocks + 1), True)
+        return tiles.view(batch, heads, ends - 1, num_k_blocks + 1)[..., :num_k_blocks]
 
     def _rows(self) -> Rows:
         lengths = [t for t in (self.block_indptr, self.cu_seqlens_q, self.seqused_k, self.key_ranges) if t is not None]
         device = lengths[0].device if lengths else torch.device("cpu")
         return Rows.of(Sequences.of(self, self.shape, device), self.shape[2], self.block_size_q)
-
-    def _entry_rows(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Batch, pattern head and row of every entry of `block_indices`; entries behind the last row have head -1."""
-        assert self.block_indptr is not None and self.block_indices is not None
-        heads, num_rows = self.block_indptr.shape[1], self.block_indptr.shape[2] - 1
-        entry = torch.arange(self.block_indices.numel(), device=self.block_indices.device)
-        row = torch.searchsorted(self.block_indptr[..., 1:].flatten(), entry, right=True)
-        listed = row < self.block_indptr.shape[0] * heads * num_rows
-        row = torch.where(listed, row, 0)
-        head = torch.where(listed, row // num_rows % heads, -1)
-        return row // (heads * num_rows), head, row % num_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,7 +195,7 @@ class Policy:
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor]:
         """(out, lse) of the method; by default exact attention over the selected pattern."""
-        return self.select(q, k, context).attend(q, k, v)
+        return self.select(q, k, context).attend(q, k, v, context)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, **context: Any) -> tuple[Tensor, Tensor]:
         """`attend` with the fields of an `AttentionContext` as keywords."""
@@ -204,8 +206,8 @@ class Policy:
         if not ok:
             raise ValueError(f"longctx::{self.name}: `{field}` must {rule}; got {getattr(self, field)!r}")
 
-    def _require_block_size(self) -> None:
-        self._require("block_size", getattr(self, "block_size") in (16, 32, 64, 128), "be 16, 32, 64 or 128")
+    def _require_one_of(self, field: str, *legal: int) -> None:
+        self._require(field, getattr(self, field) in legal, "be one of " + ", ".join(map(str, legal)))
 
     def _require_causal(self, context: AttentionContext) -> None:
         if not context.causal:
@@ -229,6 +231,9 @@ def get_policy(spec: str | Policy) -> Policy:
             rule = f"set fields of {name} ({', '.join(fields) or 'it has none'}) as field=value"
             raise ValueError(f"longctx::get_policy: `spec` must {rule}; got {option!r}")
         arguments[field] = _parse(name, field, text, fields[field])
+    required = {f.name for f in dataclasses.fields(known[name]) if f.default is dataclasses.MISSING}
+    if missing := sorted(required - set(arguments)):
+        raise ValueError(f"longctx::get_policy: `spec` must set {', '.join(missing)} of {name}; got {spec!r}")
     return known[name](**arguments)
 
 

@@ -90,19 +90,19 @@ def listed_keys(
 ) -> Tensor:
     """The block list: bool [batch, num_q_heads, seqlen_q, seqlen_k]."""
     mask = torch.zeros(batch, num_q_heads, seqlen_q, seqlen_k, dtype=torch.bool)
-    indptr, indices = block_indptr.tolist(), block_indices.tolist()
+    within = torch.arange(block_size_k)
     pattern_heads = block_indptr.shape[1]
     row = 0  # packed sequences own consecutive rows of the list
     for seq in sequences(batch, seqlen_q, seqlen_k, cu_seqlens_q, cu_seqlens_k, seqused_k):
         if cu_seqlens_q is None:
             row = 0
+        pattern = block_indptr.cpu()[seq.batch if len(block_indptr) > 1 else 0]
         for q_begin in range(seq.q_begin, seq.q_end, block_size_q):
             q_end = min(q_begin + block_size_q, seq.q_end)
             for head in range(num_q_heads):
-                ends = indptr[seq.batch if len(indptr) > 1 else 0][head * pattern_heads // num_q_heads]
-                for block in indices[ends[row] : ends[row + 1]]:
-                    k_begin = seq.k_begin + block * block_size_k
-                    k_end = min(k_begin + block_size_k, seq.k_end)
-                    mask[seq.batch, head, q_begin:q_end, k_begin:k_end] = True
+                first, last = pattern[head * pattern_heads // num_q_heads, row : row + 2].tolist()
+                blocks = block_indices[first:last].cpu().long()
+                keys = seq.k_begin + (blocks[:, None] * block_size_k + within).flatten()
+                mask[seq.batch, head, q_begin:q_end, keys[keys < seq.k_end]] = True
             row += 1
     return mask

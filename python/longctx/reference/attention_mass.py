@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -11,7 +13,7 @@ from longctx.reference._mask import sequences, visible_keys
 def attention_mass(
     q: Tensor,
     k: Tensor,
-    lse: Tensor,
+    lse: Tensor | None = None,
     *,
     segment_offsets: Tensor | None = None,
     reduce: str = "key",
@@ -63,6 +65,8 @@ def attention_mass(
     scores = scale * (q.double() @ k64.transpose(2, 3))
     if softcap > 0.0:
         scores = softcap * torch.tanh(scores / softcap)
+    if lse is None:
+        lse = torch.logsumexp(scores.masked_fill(~mask, -torch.inf), dim=-1)
     total = lse.double() if sinks is None else torch.logaddexp(lse.double(), sinks.double()[None, :, None])
     empty = (lse == -torch.inf)[..., None]
     probabilities = torch.exp(scores - total[..., None]).masked_fill(~mask | empty, 0.0)
@@ -70,7 +74,7 @@ def attention_mass(
     by_key = probabilities.sum(dim=2)
     if segment_offsets is not None:
         ends = segment_offsets.tolist()
-        segments = [by_key[..., first:last].sum(dim=-1) for first, last in zip(ends, ends[1:], strict=False)]
+        segments = [by_key[..., first:last].sum(dim=-1) for first, last in pairwise(ends)]
         by_key = torch.stack(segments, dim=-1) if segments else by_key[..., :0]
     by_diagonal = by_key.new_zeros(batch, num_q_heads, max(seqlen_q + seqlen_k - 1, 0))
     for seq in sequences(batch, seqlen_q, seqlen_k, cu_seqlens_q, cu_seqlens_k, seqused_k):

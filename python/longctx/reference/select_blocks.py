@@ -45,9 +45,7 @@ def _maps(
         yield b, first_row, blocks, visible
 
 
-def _choose(
-    scores: dict[Entry, float], forced: set[Entry], method: str, value: float, num_entries: int
-) -> list[Entry]:
+def _choose(scores: dict[Entry, float], forced: set[Entry], method: str, value: float, num_entries: int) -> list[Entry]:
     """The entries that one cut over `scores` keeps beside the forced ones, best first."""
     order = sorted(scores, key=lambda entry: (-scores[entry], entry))
     candidates = [e for e in order if e not in forced and scores[e] > -math.inf]
@@ -127,7 +125,8 @@ def select_blocks(
                     kept = [j for row, j in forced if row == i]
                     kept += [j for row, j in chosen if row == i][: limit - len(kept)]
                     lists[b, h, first_row + i] = sorted(kept)
-    indptr, indices = [], []
+    indptr: list[int] = []
+    indices: list[int] = []
     for b in range(batch):
         for h in range(heads):
             for row in range(num_rows):

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from longctx.integrations.transformers.mask import is_key_ranges
 from longctx.integrations.transformers.rope import Rope, key_positions
 from longctx.integrations.transformers.stats import LayerCounts
+from longctx.integrations.transformers.unsupported import refuse_unsupported
 from longctx.ops import attention
 from longctx.prefill import AttentionContext, Dense, Policy
 
@@ -19,8 +19,6 @@ from longctx.prefill import AttentionContext, Dense, Policy
 STATE = "_longctx"
 # The state its last forward in training used: backward re-runs a checkpointed layer, perhaps after `using` ended.
 FORWARD_STATE = "_longctx_forward"
-# Arguments that some models give their attention function and that would change its result.
-UNSUPPORTED = ("position_bias", "sinks", "head_mask", "indices", "block_indices")
 
 
 @dataclass(eq=False)
@@ -60,35 +58,31 @@ def attention_forward(
     Returns:
         out `[batch, seqlen_q, num_q_heads, head_dim_v]`, and no attention weights.
     """
-    _refuse(module, query.shape[2], attention_mask, dropout, kwargs)
+    refuse_unsupported(module, query.shape[2], attention_mask, dropout, kwargs)
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True) and getattr(module.config, "is_causal", True)
-    context = AttentionContext(
+    options = {
         **_predicate(attention_mask, is_causal, sliding_window),
-        softmax_scale=scaling,
-        softcap=softcap or 0.0,
-        sinks=None if s_aux is None else s_aux.float(),
-        layer_idx=getattr(module, "layer_idx", None),
-    )
-    state, counts = _state(module)
+        "softmax_scale": scaling,
+        "softcap": softcap or 0.0,
+        "sinks": None if s_aux is None else s_aux.float(),
+    }
+    state, counted = _state(module)
     why_dense = _why_dense(state, is_causal, query.shape[2])
     if state is None or why_dense:
-        out = _dense(query, key, value, context)
-        if counts is not None:
-            counts.add_dense(why_dense)
+        out, _ = attention(query, key, value, **options)
+        if state is not None and counted and not torch.compiler.is_compiling():
+            state.counts.add_dense(why_dense)
     else:
-        if state.rope is not None:
-            context = _with_rope(context, state.rope, position_ids, query, key)
-        out = _sparse(state.policy, query, key, value, context, counts)
+        layer_idx = getattr(module, "layer_idx", None)
+        out = _sparse(state, counted, query, key, value, options, layer_idx, position_ids)
     return out.transpose(1, 2).contiguous(), None
 
 
 def _predicate(key_ranges: Tensor | None, is_causal: bool, sliding_window: int | None) -> dict[str, Any]:
-    """What dense attention of this layer sees, as fields of an `AttentionContext`."""
+    """What dense attention of this layer sees, as keywords of `longctx.attention`."""
     if key_ranges is not None:
-        # Two ranges a row: K may reach beyond the last query, whose last range tells where it stands.
-        seqused_k = key_ranges[:, -1, -1, 1].contiguous() if is_causal and key_ranges.shape[1] == 2 else None
-        return {"causal": is_causal, "key_ranges": key_ranges, "seqused_k": seqused_k}
+        return {"causal": False, "key_ranges": key_ranges}  # which already end where they must
     if sliding_window is None:
         return {"causal": is_causal}
     if not is_causal:
@@ -99,16 +93,16 @@ def _predicate(key_ranges: Tensor | None, is_causal: bool, sliding_window: int |
     return {"causal": True, "window_size_left": sliding_window - 1}
 
 
-def _state(module: nn.Module) -> tuple[LayerState | None, LayerCounts | None]:
-    """The layer's state, and the tally to write to (none for calls that must not be counted)."""
+def _state(module: nn.Module) -> tuple[LayerState | None, bool]:
+    """The layer's state, and whether this call counts."""
     state: LayerState | None = getattr(module, STATE, None)
     if torch.compiler.is_compiling():
-        return state, None
+        return state, True
     if torch._C._current_graph_task_id() != -1:  # inside backward: a checkpointed layer is recomputed
-        return getattr(module, FORWARD_STATE, state), None
+        return getattr(module, FORWARD_STATE, state), False
     if module.training:
         setattr(module, FORWARD_STATE, state)
-    return state, None if state is None else state.counts
+    return state, True
 
 
 def _why_dense(state: LayerState | None, is_causal: bool, seqlen_q: int) -> str:
@@ -122,82 +116,51 @@ def _why_dense(state: LayerState | None, is_causal: bool, seqlen_q: int) -> str:
     return f"seqlen_q < {state.min_seqlen_q}" if seqlen_q < state.min_seqlen_q else ""
 
 
-def _dense(query: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> Tensor:
-    options = context.options()
-    if context.key_ranges is not None:
-        options.update(causal=False, seqused_k=None)  # the ranges already end where they must
-    return attention(query, key, value, **options)[0]
-
-
+@torch.compiler.disable  # a compiled model runs its policies between two graphs, and its decoding in one
 def _sparse(
-    policy: Policy,
+    state: LayerState,
+    counted: bool,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    context: AttentionContext,
-    counts: LayerCounts | None,
+    options: dict[str, Any],
+    layer_idx: int | None,
+    position_ids: Tensor | None,
 ) -> Tensor:
+    context = _context(options, layer_idx)
+    if state.rope is not None:
+        positions = _positions(context, position_ids, query, key)
+        context = dataclasses.replace(context, rope=state.rope, positions=positions)
+    policy = state.policy
     pattern = policy.select(query, key, context)
     if type(policy).attend is Policy.attend:
         out, _ = pattern.attend(query, key, value, context)
     else:
         out, _ = policy.attend(query, key, value, context)
-    if counts is not None:
-        counts.add_sparse(policy.name, pattern.density())
+    if counted:
+        state.counts.add_sparse(policy.name, pattern.density())
     return out
 
 
-def _with_rope(
-    context: AttentionContext, rope: Rope, position_ids: Tensor | None, query: Tensor, key: Tensor
-) -> AttentionContext:
-    """`context` with the rotary embedding and the position of every key."""
+def _context(options: dict[str, Any], layer_idx: int | None) -> AttentionContext:
+    """`options` of a causal layer, as a policy wants them: with the place of the queries, which the ranges hide."""
+    key_ranges: Tensor | None = options.get("key_ranges")
+    if key_ranges is not None:
+        # K may reach beyond the last query, whose last range ends behind its own key.
+        options = {**options, "causal": True, "seqused_k": key_ranges[:, -1, -1, 1].contiguous()}
+    return AttentionContext(**options, layer_idx=layer_idx)
+
+
+def _positions(context: AttentionContext, position_ids: Tensor | None, query: Tensor, key: Tensor) -> Tensor:
+    """RoPE position of every key, for policies that move keys."""
     if position_ids is None:
         raise NotImplementedError(
             "longctx: a policy that needs RoPE needs `position_ids`, which this model does not pass"
         )
     seqlen_q, seqlen_k = query.shape[2], key.shape[2]
     if seqlen_q < seqlen_k and context.key_ranges is not None and context.key_ranges.shape[1] == 2:
-        begin, end = context.key_ranges[:, 0].unbind(-1)
-        if torch.compiler.is_compiling() or bool((begin < end).any()):
-            raise NotImplementedError(
-                "longctx: a policy that needs RoPE cannot tell the positions of cached keys before a gap of padding; "
-                "pad the first turn on the left, or use another policy"
-            )
-    positions = key_positions(position_ids, query.shape[0], seqlen_k, context.seqused_k)
-    return dataclasses.replace(context, rope=rope, positions=positions)
-
-
-def _refuse(
-    module: nn.Module, seqlen_q: int, attention_mask: Tensor | None, dropout: float, kwargs: dict[str, Any]
-) -> None:
-    """Raises on everything this function would otherwise silently ignore."""
-    if kwargs.get("cache") is not None:
         raise NotImplementedError(
-            "longctx: paged caches (continuous batching) are not supported; use `model.generate`, or "
-            "`attn_implementation='sdpa'` for continuous batching"
+            "longctx: a policy that needs RoPE cannot tell the positions of cached keys before a gap of padding; pad "
+            "the first turn on the left, or use another policy"
         )
-    if attention_mask is not None and not is_key_ranges(attention_mask, seqlen_q):
-        raise NotImplementedError(
-            "longctx: prepared masks are not supported; pass a 2-D `attention_mask` [batch, seqlen], or "
-            f"`position_ids` that restart at every document; got {attention_mask.dtype} {list(attention_mask.shape)}"
-        )
-    if kwargs.get("output_attentions") or getattr(module.config, "output_attentions", False):
-        raise NotImplementedError(
-            "longctx: `output_attentions=True` is not supported, the weights never exist; use "
-            "`attn_implementation='eager'`"
-        )
-    if dropout > 0.0:
-        raise NotImplementedError(
-            f"longctx: attention dropout is not supported; set `attention_dropout = 0.0` in the config; got {dropout}"
-        )
-    cu_seqlens = kwargs.get("cu_seq_lens_q")
-    if cu_seqlens is not None and cu_seqlens.numel() > 2 and attention_mask is None:
-        raise NotImplementedError(
-            "longctx: `cu_seq_lens_q` alone does not separate documents; pass `position_ids` that restart at each, "
-            "without `attention_mask` and cache"
-        )
-    for name in UNSUPPORTED:
-        if kwargs.get(name) is not None:
-            raise NotImplementedError(
-                f"longctx: `{name}` is not supported; use `attn_implementation='eager'`"
-            )
+    return key_positions(position_ids, query.shape[0], seqlen_k, context.seqused_k)

@@ -8,6 +8,7 @@ bisection: `log2(kv_length)` evaluations a row, O(seqlen) memory. Padding then c
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,7 +35,7 @@ def key_ranges_mask(
     kv_length: int,
     q_offset: int | Tensor = 0,
     kv_offset: int = 0,
-    mask_function: Callable[..., Tensor] = causal_mask_function,
+    mask_function: Callable[..., Any] = causal_mask_function,
     attention_mask: Tensor | None = None,
     local_size: int | None = None,
     allow_is_causal_skip: bool = True,
@@ -45,9 +46,9 @@ def key_ranges_mask(
 ) -> Tensor | None:
     """`key_ranges` int32 `[batch, R, q_length, 2]` in coordinates of the K/V that the cache returns.
 
-    None means plain causal attention whose last key is the last query's. Otherwise `R` is 1 when K ends with the last
-    query, and 2 when K may reach further (a static cache) or padding splits the row. Of a causal mask, the last
-    range of a row always ends behind the row's own key, also where it is empty because the row is padding.
+    None means plain causal attention whose last key is the last query's. Otherwise `R` is 1, or 2 where padding splits
+    a row. Of a causal mask, the last range of a row always ends behind the row's own key, also where it is empty
+    because the row is padding: so the last row tells where K ends, although a static cache returns a longer buffer.
 
     Args:
         q_offset: position of the first query; a tensor with a static cache, and never read on the host.
@@ -63,13 +64,14 @@ def key_ranges_mask(
             "`attn_implementation='sdpa'` or 'flex_attention' for this model"
         )
     causal = allow_is_bidirectional_skip is None
+    if causal and isinstance(q_offset, int) and q_offset - kv_offset + q_length > kv_length:
+        raise NotImplementedError(
+            f"longctx: the cache returns {kv_length} keys from position {kv_offset}, fewer than the {q_length} queries "
+            f"from position {q_offset} need; use `attn_implementation='sdpa'` with this cache"
+        )
     ends_with_query = isinstance(q_offset, int) and q_offset - kv_offset + q_length == kv_length
     present = None if attention_mask is None else _present_keys(attention_mask, kv_length, kv_offset)
-    if (
-        present is not None
-        and not torch.compiler.is_compiling()
-        and _no_padding(present, q_offset, kv_offset, q_length)
-    ):
+    if present is not None and ends_with_query and not torch.compiler.is_compiling() and bool(present.all()):
         present = None
     open_window = mask_function is causal_mask_function or (
         allow_is_causal_skip and local_size is not None and kv_offset == 0 and kv_length <= local_size
@@ -79,18 +81,16 @@ def key_ranges_mask(
 
     rows = torch.arange(q_length, device=device)[None] + q_offset
     own = rows - kv_offset  # each query's own key, for a causal mask
-    begin, end = _intervals(
-        mask_function, batch_size, rows, own.clamp(0, kv_length - 1), kv_length, kv_offset, causal
-    )
-    first = torch.zeros_like(begin), torch.zeros_like(begin)
-    if present is not None and causal:
-        begin, first = _cut_causal(begin, own.clamp(0, kv_length - 1), present)
-    elif present is not None:
-        begin, end = _cut_bidirectional(begin, end, present)
-    last = torch.stack([begin, end], dim=-1)
-    if ends_with_query and (present is None or not causal or _is_single_run(present)):
+    begin, end = _intervals(mask_function, batch_size, rows, own.clamp(0, kv_length - 1), kv_length, kv_offset, causal)
+    if present is None:
+        return torch.stack([begin, end], dim=-1)[:, None].int()
+    if not causal:
+        return torch.stack(_cut_bidirectional(begin, end, present), dim=-1)[:, None].int()
+    before_gap, last = _cut_causal(begin, own.clamp(0, kv_length - 1), present)
+    # While tracing the values are unknown, and both ranges are kept.
+    if not torch.compiler.is_compiling() and bool((_run_starts(present).sum(1) <= 1).all()):
         return last[:, None].int()
-    return torch.stack([torch.stack(first, dim=-1), last], dim=1).int()
+    return torch.stack([before_gap, last], dim=1).int()
 
 
 def _present_keys(attention_mask: Tensor, kv_length: int, kv_offset: int) -> Tensor:
@@ -99,12 +99,6 @@ def _present_keys(attention_mask: Tensor, kv_length: int, kv_offset: int) -> Ten
     if missing > 0:
         attention_mask = torch.nn.functional.pad(attention_mask, (0, missing))
     return attention_mask[:, kv_offset : kv_offset + kv_length].bool()
-
-
-def _no_padding(present: Tensor, q_offset: int | Tensor, kv_offset: int, q_length: int) -> bool:
-    """Whether every key up to the last query is present."""
-    key = torch.arange(present.shape[1], device=present.device)
-    return bool((present | (key >= q_offset - kv_offset + q_length)).all())
 
 
 def _intervals(
@@ -159,10 +153,10 @@ def _bisect(sees: Callable[[Tensor], Tensor], seen: Tensor, limit: Tensor, kv_le
     return seen + step * near
 
 
-def _cut_causal(begin: Tensor, own: Tensor, present: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """Cuts intervals that end at `own` by padding: the new begin of each, and the part before a gap of padding.
+def _cut_causal(begin: Tensor, own: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
+    """Cuts intervals that end at `own` by padding, into the part before a gap and the part up to `own`.
 
-    A padded row gets an empty interval: it sees nothing, and still tells where its query stands.
+    A padded row gets two empty ranges: it sees nothing, and the second still tells where its query stands.
     """
     own = own.expand_as(begin)
     key = torch.arange(present.shape[1], device=present.device).expand_as(present)
@@ -177,8 +171,9 @@ def _cut_causal(begin: Tensor, own: Tensor, present: Tensor) -> tuple[Tensor, tu
         "sequence are supported. Pad on one side, or use `attn_implementation='sdpa'`",
     )
     is_token = present.gather(1, own)
-    before_gap = torch.maximum(begin, first_begin), torch.minimum(first_end, run_begin) * is_token
-    return torch.where(is_token, torch.maximum(begin, run_begin), own + 1), before_gap
+    before_gap = torch.maximum(begin, first_begin), torch.where(is_token, torch.minimum(first_end, run_begin), 0)
+    last = torch.where(is_token, torch.maximum(begin, run_begin), own + 1), own + 1
+    return torch.stack(before_gap, dim=-1), torch.stack(last, dim=-1)
 
 
 def _cut_bidirectional(begin: Tensor, end: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
@@ -195,11 +190,6 @@ def _cut_bidirectional(begin: Tensor, end: Tensor, present: Tensor) -> tuple[Ten
 def _run_starts(present: Tensor) -> Tensor:
     """True at the first key of every run of tokens."""
     return present & ~torch.nn.functional.pad(present, (1, 0))[:, :-1]
-
-
-def _is_single_run(present: Tensor) -> bool:
-    """Whether one range a row suffices; unknown, hence no, while tracing."""
-    return not torch.compiler.is_compiling() and bool((_run_starts(present).sum(1) <= 1).all())
 
 
 def _require(condition: Tensor, message: str) -> None:

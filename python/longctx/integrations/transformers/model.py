@@ -13,7 +13,7 @@ from longctx.integrations.transformers.attention import FORWARD_STATE, STATE, La
 from longctx.integrations.transformers.registration import NAME
 from longctx.integrations.transformers.rope import find_rope
 from longctx.integrations.transformers.stats import LayerStats, Stats
-from longctx.prefill import Policy, get_policy
+from longctx.prefill import PerLayer, Policy, get_policy
 
 # Where the text model keeps the implementation that `remove` restores.
 PREVIOUS = "_longctx_previous"
@@ -44,7 +44,7 @@ def apply(model: PreTrainedModel, policy: str | Policy, *, min_seqlen_q: int = 1
         raise ValueError(f"longctx: `min_seqlen_q` must be at least 1; got {min_seqlen_q}")
     policy = get_policy(policy)
     text_model, layers = _text_model(model), _attention_layers(model)
-    per_layer = {name: policy_of_layer(policy, module) for name, module in layers.items()}
+    per_layer = {name: _policy_of(policy, module) for name, module in layers.items()}
     needs_rope = {name: "rope" in layer_policy.needs for name, layer_policy in per_layer.items()}
     rope = find_rope(text_model) if any(needs_rope.values()) else None
 
@@ -76,16 +76,14 @@ def remove(model: PreTrainedModel) -> PreTrainedModel:
 
 
 @contextmanager
-def using(
-    model: PreTrainedModel, policy: str | Policy, *, min_seqlen_q: int = 1024
-) -> Iterator[PreTrainedModel]:
+def using(model: PreTrainedModel, policy: str | Policy, *, min_seqlen_q: int = 1024) -> Iterator[PreTrainedModel]:
     """`apply` inside a `with` block; afterwards the model is as it was. Read `stats(model)` inside the block."""
     text_model, layers = _text_model(model), _attention_layers(model)
     if (
         text_model.config._attn_implementation != NAME
         and torch.is_grad_enabled()
         and model.training
-        and model.is_gradient_checkpointing
+        and any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
     ):
         raise ValueError(
             "longctx: gradient checkpointing re-runs attention in backward, when the `with` block may be over; use "
@@ -108,7 +106,7 @@ def using(
 def stats(model: PreTrainedModel) -> Stats:
     """What every attention layer ran since `apply`: calls, sparse or dense and why, density, layers never reached.
 
-    Calls inside a graph of torch.compile, and the re-runs of gradient checkpointing, are not counted.
+    Dense calls inside a graph of torch.compile, and the re-runs of gradient checkpointing, are not counted.
     """
     layers = []
     for name, module in model.named_modules():
@@ -117,13 +115,14 @@ def stats(model: PreTrainedModel) -> Stats:
             layer_idx = getattr(module, "layer_idx", None)
             layers.append(LayerStats.of(name, layer_idx, state.policy.name, state.counts))
     if not layers:
-        raise ValueError(
-            "longctx: no policy is applied to this model; call longctx.apply(model, policy) first"
-        )
+        raise ValueError("longctx: no policy is applied to this model; call longctx.apply(model, policy) first")
     return Stats(tuple(layers))
 
 
-def policy_of_layer(policy: Policy, module: nn.Module) -> Policy:
+def _policy_of(policy: Policy, module: nn.Module) -> Policy:
+    """What a policy that differs between layers does in this one."""
+    while isinstance(policy, PerLayer):
+        policy = policy.policy_of(getattr(module, "layer_idx", None))
     return policy
 
 
@@ -147,5 +146,5 @@ def _attention_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
         and getattr(module, "config", None) is text_config
     }
     if not layers:
-        raise ValueError(f"longctx: found no attention layers in {type(model).__name__}")
+        raise ValueError(f"longctx: {type(model).__name__} has no layers that transformers' AttentionInterface serves")
     return layers

@@ -56,11 +56,7 @@ def key_positions(position_ids: Tensor, batch: int, seqlen_k: int, seqused_k: Te
     """
     position_ids = position_ids.expand(batch, -1)
     seqlen_q = position_ids.shape[1]
-    used = (
-        torch.full((batch, 1), seqlen_k, device=position_ids.device)
-        if seqused_k is None
-        else seqused_k[:, None]
-    )
+    used = torch.full((batch, 1), seqlen_k, device=position_ids.device) if seqused_k is None else seqused_k[:, None]
     row = torch.arange(seqlen_k, device=position_ids.device)[None] - (used - seqlen_q)
     own = position_ids.gather(1, row.clamp(0, seqlen_q - 1))
     return torch.where(row < 0, position_ids[:, :1] + row, own).clamp(min=0)

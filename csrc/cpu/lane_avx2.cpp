@@ -1,0 +1,8 @@
+#include "vec_avx2.h"
+// clang-format off: the loops are written over the Vec included before them
+#include "lane_loops.h"
+// clang-format on
+
+namespace longctx::cpu {
+const LaneKernels& avx2_lane_kernels() { return kLaneKernels; }
+}  // namespace longctx::cpu

@@ -1,0 +1,90 @@
+"""Every op as torch sees it: schema, fake kernel, autograd registration, torch.compile."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from cases import CASES, OpCase
+from checks import as_tuple, assert_same_bits
+from test_conventions import for_every_call
+
+
+class Recorder(TorchDispatchMode):
+    """Collects the calls that reach the dispatcher under `torch.ops.longctx`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "longctx":
+            self.calls.append((func, args, kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> None:
+    torch.compiler.reset()
+
+
+@for_every_call
+def test_opcheck(case: OpCase, variant: str) -> None:
+    with Recorder() as recorder:
+        case.op(**case.calls[variant](case.dtypes[0]))
+    assert recorder.calls, "no op of longctx was called"
+    for func, args, kwargs in recorder.calls:
+        torch.library.opcheck(func, args, kwargs)
+
+
+@for_every_call
+def test_compiled_gives_the_same_numbers(case: OpCase, variant: str) -> None:
+    compiled = torch.compile(case.op, fullgraph=True, backend="aot_eager")
+    for dtype in case.dtypes[:3]:
+        call = case.calls[variant](dtype)
+        assert_same_bits(compiled(**call), case.op(**call))
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_compiled_by_inductor(case: OpCase) -> None:
+    call = next(iter(case.calls.values()))(case.dtypes[0])
+    assert_same_bits(torch.compile(case.op, fullgraph=True)(**call), case.op(**call))
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_dynamic_shapes_compile_once(case: OpCase) -> None:
+    """One graph serves every length."""
+    compiled = torch.compile(case.op, fullgraph=True, dynamic=True, backend="aot_eager")
+    call = case.calls["plain"](torch.float32)
+    assert_same_bits(compiled(**call), case.op(**call))
+    longer = call | {name: torch.cat([call[name]] * 2, dim=dim) for name, dim in case.growing.items()}
+    with torch.compiler.set_stance("fail_on_recompile"):
+        assert_same_bits(compiled(**longer), case.op(**longer))
+
+
+@for_every_call
+def test_fake_kernel(case: OpCase, variant: str) -> None:
+    """Shapes, dtypes and strides without running: on meta tensors."""
+    for dtype in case.dtypes:
+        call = case.calls[variant](dtype)
+        meta = {name: value.to("meta") if isinstance(value, Tensor) else value for name, value in call.items()}
+        for fake, real in zip(as_tuple(case.op(**meta)), as_tuple(case.op(**call)), strict=True):
+            assert fake.device.type == "meta"
+            assert (fake.shape, fake.dtype, fake.stride()) == (real.shape, real.dtype, real.stride())
+
+
+@pytest.mark.parametrize("case", [case for case in CASES.values() if case.differentiable], ids=lambda case: case.name)
+def test_backward_raises_and_names_the_op(case: OpCase) -> None:
+    for argument in case.differentiable:
+        call = next(iter(case.calls.values()))(case.dtypes[0])
+        call[argument].requires_grad_()
+        result = as_tuple(case.op(**call))
+        for output in result:
+            with pytest.raises(NotImplementedError, match=f"longctx::{case.name}"):
+                output.nan_to_num(neginf=0.0).sum().backward(retain_graph=True)
+        with torch.no_grad():
+            assert not any(output.requires_grad for output in as_tuple(case.op(**call)))
