@@ -47,6 +47,8 @@ struct StripProducts {
   static constexpr int kBlockRows = V::kBlockRows;
   static constexpr int kBlockVecs = V::kBlockVecs;
   static constexpr int kBlockLanes = kBlockVecs * kLanes;
+  // Rounding grows with the length of a chain of additions: deeper scores are summed in pieces.
+  static constexpr int64_t kChainDims = 128;
 
   // Calls block(Count<rows>, first) on blocks of nearly equal size that cover [0, count).
   template <class Block>
@@ -77,29 +79,33 @@ struct StripProducts {
 #pragma GCC unroll 16
     for (int n = 0; n < kRows; ++n) k[n] = k_rows[n];
     for (int lane = 0; lane < kStripRows; lane += kBlockLanes) {
-      V acc[kRows][kBlockVecs];
-#pragma GCC unroll 16
-      for (int n = 0; n < kRows; ++n) {
-#pragma GCC unroll 16
-        for (int j = 0; j < kBlockVecs; ++j) acc[n][j] = V::broadcast(0);
-      }
       const T* q = q_t + lane;
-      for (int64_t d = 0; d < head_dim; ++d, q += kStripRows) {
-        V x[kBlockVecs];
-#pragma GCC unroll 16
-        for (int j = 0; j < kBlockVecs; ++j) x[j] = V::load(q + j * kLanes);
+      for (int64_t begin = 0; begin < head_dim; begin += kChainDims) {
+        const int64_t end = begin + kChainDims < head_dim ? begin + kChainDims : head_dim;
+        V acc[kRows][kBlockVecs];
 #pragma GCC unroll 16
         for (int n = 0; n < kRows; ++n) {
-          const V key = V::broadcast(k[n][d]);
 #pragma GCC unroll 16
-          for (int j = 0; j < kBlockVecs; ++j) acc[n][j] = fma(key, x[j], acc[n][j]);
+          for (int j = 0; j < kBlockVecs; ++j) acc[n][j] = V::broadcast(0);
         }
-      }
+        for (int64_t d = begin; d < end; ++d, q += kStripRows) {
+          V x[kBlockVecs];
 #pragma GCC unroll 16
-      for (int n = 0; n < kRows; ++n) {
+          for (int j = 0; j < kBlockVecs; ++j) x[j] = V::load(q + j * kLanes);
 #pragma GCC unroll 16
-        for (int j = 0; j < kBlockVecs; ++j) {
-          acc[n][j].store(s_t + n * kStripRows + lane + j * kLanes);
+          for (int n = 0; n < kRows; ++n) {
+            const V key = V::broadcast(k[n][d]);
+#pragma GCC unroll 16
+            for (int j = 0; j < kBlockVecs; ++j) acc[n][j] = fma(key, x[j], acc[n][j]);
+          }
+        }
+#pragma GCC unroll 16
+        for (int n = 0; n < kRows; ++n) {
+#pragma GCC unroll 16
+          for (int j = 0; j < kBlockVecs; ++j) {
+            T* s = s_t + n * kStripRows + lane + j * kLanes;
+            (begin == 0 ? acc[n][j] : V::load(s) + acc[n][j]).store(s);
+          }
         }
       }
     }
