@@ -56,8 +56,13 @@ class FlexPrefill(Policy):
         probe = Probe.of(q, k, context, self.block_size)
 
         # Which pattern: [num_seqs, heads].
+        scale = {"softmax_scale": context.softmax_scale}
+        block_map = shown(block_scores(q, k, **blocks, **scale, **context.lengths()), visible, context)
         vertical, slash = probe.vertical_and_slash(k)
-        query_aware = jensen_shannon_distance(probe.block_map(k), vertical) < self.tau
+        # Unless a short block ends the map, its last row is the probe's; asking again would read all of k again.
+        is_last_row = shape[2] % self.block_size == 0 and not seqs.packed and context.key_ranges is None
+        estimate = block_map[:, :, -1] if is_last_row else probe.block_map(k)
+        query_aware = jensen_shannon_distance(estimate, vertical) < self.tau
 
         # Vertical-slash; of a query-aware head only the minimal budget.
         gamma = torch.where(query_aware, 0.0, self.gamma)[..., None]
@@ -66,9 +71,8 @@ class FlexPrefill(Policy):
         diagonals[..., :1] = True
         tiles = first_visible(visible) | vertical_slash_tiles(columns, diagonals, rows, seqs, self.block_size)
 
-        # Query-aware; the map of any other head is empty.
-        block_map = block_scores(q, k, **blocks, softmax_scale=context.softmax_scale, **context.lengths())
-        block_map = normalized(block_map * visible) * query_aware[rows.seq].movedim(2, 1)[..., None]
+        # Query-aware; the map of any other head is emptied.
+        block_map.mul_(query_aware[rows.seq].movedim(2, 1)[..., None])
         options = {**blocks, **context.list_options(q, k), "method": "cumulative", "scope": "head"}
         indptr, indices = select_blocks(block_map, value=self.gamma, **options)
         best = Pattern.of(q, k, context, block_indptr=indptr, block_indices=indices, **blocks).to_tiles()
@@ -133,7 +137,7 @@ class Probe:
         seqs = self._sequences(k)
         rows = Rows.of(seqs, self.q.shape[2], self.block_size)
         visible = visible_tiles(self.context, self._shape(k), rows, **blocks)[:, None]
-        scores = normalized(scores * visible)
+        scores = shown(scores, visible, self.context)
         if not seqs.packed:
             return scores[:, :, 0]
         row = (seqs.len_q > 0).cumsum(0) - 1
@@ -146,6 +150,13 @@ class Probe:
         return Sequences.of(self.context, self._shape(k), k.device)
 
 
+def shown(scores: Tensor, visible: Tensor, context: AttentionContext) -> Tensor:
+    """`block_scores` over the tiles that the whole predicate shows; the op itself knows lengths and causality only."""
+    if context.key_ranges is None and context.window_size_left < 0 and context.window_size_right < 0:
+        return scores
+    return normalized(scores * visible)
+
+
 def normalized(mass: Tensor) -> Tensor:
     """`mass` divided by its sum over the last dim; nothing stays nothing."""
     total = mass.sum(-1, keepdim=True)
@@ -154,7 +165,9 @@ def normalized(mass: Tensor) -> Tensor:
 
 def interval_sums(mass: Tensor, bounds: Tensor) -> Tensor:
     """Sums of [batch or 1, heads, n] between neighbours of `bounds` [num_seqs, m + 1]: [num_seqs, heads, m]."""
-    prefix = pad(mass.double().cumsum(-1), (1, 0)).expand(bounds.shape[0], -1, -1)
+    prefix = mass.new_zeros(*mass.shape[:2], mass.shape[2] + 1, dtype=torch.float64)
+    torch.cumsum(mass, -1, dtype=torch.float64, out=prefix[..., 1:])
+    prefix = prefix.expand(bounds.shape[0], -1, -1)
     return prefix.gather(2, bounds[:, None].expand(-1, prefix.shape[1], -1)).diff(dim=-1)
 
 
