@@ -1,4 +1,4 @@
-// The strip engine on AMX tiles, for bf16 and (as two bf16 parts) fp16.
+// The strip engine on AMX tiles, for bf16 and, as two or three bf16 parts, fp16 and float32.
 //   S^T = K Q^T      A = k rows as the user stores them, B = q^T
 //   P^T = 2^(S^T - reference)      two vectors of S^T make one of P^T in the layout of a B operand
 //   O^T += V^T P^T   A = v^T, transposed once per chunk
@@ -58,8 +58,12 @@ struct Rows {
 template <class In>
 struct AmxStrip {
   static constexpr int kNumParts = kParts<In>;
-  static constexpr int kNumProducts = kNumParts == 1 ? 1 : 3;
-  static constexpr int kDegree = kNumParts == 1 ? 3 : 4;
+  static constexpr int kNumProducts = kNumParts * (kNumParts + 1) / 2;
+  // Parts of the factors of product n of kNumProducts: i + j < kNumParts, small ones first.
+  static constexpr int a_part(int n) { return kFactors[6 - kNumProducts + n][0]; }
+  static constexpr int b_part(int n) { return kFactors[6 - kNumProducts + n][1]; }
+  static constexpr int kFactors[6][2] = {{0, 2}, {2, 0}, {1, 1}, {0, 1}, {1, 0}, {0, 0}};
+  static constexpr int kDegree = 2 + kNumParts;
   // Probabilities are truncated to bf16, which costs half the instructions of rounding. Scaled up
   // by the mean truncation first, they are as good as rounded ones.
   static constexpr float kRoundUp = kNumParts == 1 ? 1.0028178f : 1.0f;
@@ -146,10 +150,10 @@ struct AmxStrip {
   template <class Between>
   static void multiply_step(const Rows& k0, const Rows& k1, const char* queries, int64_t steps,
                             int step, const Between& between) {
-#pragma GCC unroll 3
+#pragma GCC unroll 6
     for (int product = 0; product < kNumProducts; ++product) {
-      const int k_part = product == kNumProducts - 2 ? 1 : 0;
-      const int q_part = product == kNumProducts - 3 ? 1 : 0;
+      const int k_part = a_part(product);
+      const int q_part = b_part(product);
       const int n = (step * kNumProducts + product) * 4;
       const char* q = queries + (q_part * steps + step) * 2 * kTileBytes;
       _tile_loadd(6, q, kTileRow);
@@ -228,12 +232,13 @@ struct AmxStrip {
         sums[half] = _mm512_add_ps(sums[half], p0);
         sums[2 + half] = _mm512_add_ps(sums[2 + half], p1);
         char* row = probabilities + half * kTileBytes + index * kTileRow;
-        const __m512i high = truncate_pairs(p0, p1);
-        _mm512_store_si512(row, high);
-        if constexpr (kNumParts == 2) {
-          const __m512 rest0 = _mm512_sub_ps(p0, even_words(high));
-          const __m512 rest1 = _mm512_sub_ps(p1, odd_words(high));
-          _mm512_store_si512(row + 2 * kTileBytes, truncate_pairs(rest0, rest1));
+        __m512 rest0 = p0, rest1 = p1;
+#pragma GCC unroll 3
+        for (int part = 0; part < kNumParts; ++part, row += 2 * kTileBytes) {
+          const __m512i words = truncate_pairs(rest0, rest1);
+          _mm512_store_si512(row, words);
+          rest0 = _mm512_sub_ps(rest0, even_words(words));
+          rest1 = _mm512_sub_ps(rest1, odd_words(words));
         }
       }
     }
@@ -331,16 +336,23 @@ struct AmxStrip {
     for (int64_t column = 0; column < num_tiles; column += 2) {
       char* out = state.out_t + column * 2 * kTileBytes;
       const bool two = column + 1 < num_tiles;
-      _tile_loadd(0, out, kTileRow);
-      _tile_loadd(1, out + kTileBytes, kTileRow);
-      if (two) {
-        _tile_loadd(2, out + 2 * kTileBytes, kTileRow);
-        _tile_loadd(3, out + 3 * kTileBytes, kTileRow);
+      // Six products a key would round a long sum six times: a group of float is summed apart.
+      constexpr bool kApart = kNumParts == 3;
+      alignas(64) char group[kApart ? 4 * kTileBytes : 64];
+      if (kApart) {
+        zero_tiles();
+      } else {
+        _tile_loadd(0, out, kTileRow);
+        _tile_loadd(1, out + kTileBytes, kTileRow);
+        if (two) {
+          _tile_loadd(2, out + 2 * kTileBytes, kTileRow);
+          _tile_loadd(3, out + 3 * kTileBytes, kTileRow);
+        }
       }
       for (int i = 0; i < count; ++i) {
-        for (int product = kNumProducts - 1; product >= 0; --product) {
-          const int v_part = product == 1 ? 1 : 0;
-          const int p_part = product == 2 ? 1 : 0;
+        for (int product = 0; product < kNumProducts; ++product) {
+          const int v_part = a_part(product);
+          const int p_part = b_part(product);
           const char* p = probabilities + i * kProbabilityTile + p_part * 2 * kTileBytes;
           _tile_loadd(6, p, kTileRow);
           _tile_loadd(4, values + value_tile(column, v_part, tiles[i]), kTileRow);
@@ -354,11 +366,16 @@ struct AmxStrip {
           }
         }
       }
-      _tile_stored(0, out, kTileRow);
-      _tile_stored(1, out + kTileBytes, kTileRow);
+      char* to = kApart ? group : out;
+      _tile_stored(0, to, kTileRow);
+      _tile_stored(1, to + kTileBytes, kTileRow);
       if (two) {
-        _tile_stored(2, out + 2 * kTileBytes, kTileRow);
-        _tile_stored(3, out + 3 * kTileBytes, kTileRow);
+        _tile_stored(2, to + 2 * kTileBytes, kTileRow);
+        _tile_stored(3, to + 3 * kTileBytes, kTileRow);
+      }
+      for (int i = 0; kApart && i < (two ? 4 : 2) * kTileBytes; i += kTileRow) {
+        const __m512 sum = _mm512_add_ps(_mm512_load_ps(out + i), _mm512_load_ps(group + i));
+        _mm512_store_ps(out + i, sum);
       }
     }
   }
@@ -485,15 +502,15 @@ struct AmxStrip {
         }
         transpose16(out);
         for (int r = 0; r < std::min(16, num_rows - half * 16); ++r) {
+          In* to = static_cast<In*>(out_rows[half * 16 + r]) + column * 16;
           const __m512 row = _mm512_castsi512_ps(out[r]);
-          __m256i bits;
-          if constexpr (kNumParts == 1) {
-            bits = (__m256i)_mm512_cvtneps_pbh(row);
+          if constexpr (kNumParts == 3) {
+            _mm512_mask_storeu_ps(to, mask, row);
+          } else if constexpr (kNumParts == 2) {
+            _mm256_mask_storeu_epi16(to, mask, _mm512_cvtps_ph(row, _MM_FROUND_TO_NEAREST_INT));
           } else {
-            bits = _mm512_cvtps_ph(row, _MM_FROUND_TO_NEAREST_INT);
+            _mm256_mask_storeu_epi16(to, mask, (__m256i)_mm512_cvtneps_pbh(row));
           }
-          _mm256_mask_storeu_epi16(static_cast<In*>(out_rows[half * 16 + r]) + column * 16, mask,
-                                   bits);
         }
       }
     }
@@ -557,6 +574,8 @@ constexpr StripEngine amx_strip_engine(const char* name) {
 const StripEngine& amx_engine(DType dtype) {
   static constexpr StripEngine kBFloat16 = amx_strip_engine<BFloat16>("amx-bf16");
   static constexpr StripEngine kFloat16 = amx_strip_engine<Float16>("amx-bf16x2");
+  static constexpr StripEngine kFloat32 = amx_strip_engine<float>("amx-bf16x3");
+  if (dtype == DType::kFloat32) return kFloat32;
   return dtype == DType::kFloat16 ? kFloat16 : kBFloat16;
 }
 
