@@ -14,7 +14,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Parses `argv` and runs one command; returns its exit code."""
     parser = argparse.ArgumentParser(prog="longctx", description="Long-context attention kernels.")
     commands = parser.add_subparsers(title="commands", required=True)
-    add_demo(commands.add_parser("demo", help="a long prompt through a real model, every policy beside dense attention"))
+    add_demo(
+        commands.add_parser("demo", help="a long prompt through a real model, every policy beside dense attention")
+    )
     add_info(commands.add_parser("info", help="what this installation would run, and why"))
     args = parser.parse_args(argv)
     try:
@@ -33,10 +35,14 @@ def add_demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--length", type=int, help="tokens of the long prompt (32768; 8192 with --quick)")
     parser.add_argument("--needle", metavar="'KEY V1 V2'", help="a fact of your own to find (default: random ones)")
     parser.add_argument("--depth", type=float, default=0.37, help="where in the long prompt it stands, 0 to 1")
-    parser.add_argument("--text", type=Path, metavar="FILE", help="the text around it (default: Python's documentation)")
+    parser.add_argument(
+        "--text", type=Path, metavar="FILE", help="the text around it (default: Python's documentation)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the random needles and the model's signs")
     parser.add_argument("--show-answers", action="store_true", help="print what every row said to every prompt")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 where the CPU multiplies it")
+    parser.add_argument(
+        "--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 where the CPU multiplies it"
+    )
     parser.add_argument("--heads", type=int, help="query heads of the constructed model (8; 4 in float32)")
     parser.add_argument("--kv-heads", type=int, help="its kv heads (a quarter of the query heads)")
     parser.add_argument("--model", type=Path, metavar="PATH", help="a local transformers checkpoint instead")

@@ -22,11 +22,18 @@ class Check:
 
 def all_checks(task: Task, rows: dict[str, Measurement]) -> list[Check]:
     """Every check that applies; those on needles only where the right answers are known."""
-    ours = [row for row in rows.values() if row.name != SDPA.name]
-    checks = [*exact(task, ours), ran_on_our_ops(rows)]
-    if task.main.expected is not None:
-        checks = [dense_right(rows), window_control(rows[WINDOW_ROW.name]), absent_key(rows.values()), *checks]
-    return checks
+    ran = {name: row for name, row in rows.items() if not row.refused}
+    checks = [*exact(task, [row for name, row in ran.items() if name != SDPA.name]), ran_on_our_ops(ran)]
+    if task.main.expected is None:
+        return checks
+    refused = [row.refused for row in rows.values() if row.refused]
+    return [
+        dense_right(ran),
+        window_control(ran[WINDOW_ROW.name]),
+        absent_key(ran.values()),
+        *checks,
+        Check("every method ran", not refused, "; ".join(refused)),
+    ]
 
 
 def dense_right(rows: dict[str, Measurement]) -> Check:
@@ -75,9 +82,7 @@ def exact(task: Task, ours: list[Measurement]) -> list[Check]:
         errors = {row.name: row.exactness[probe] for row in ours if probe in row.exactness}
         worst = max(errors, key=lambda name: errors[name])
         passed = all(error <= tolerance for error in errors.values())
-        checks.append(
-            Check(f"{claim} (within {tolerance:g})", passed, f"largest error {errors[worst]:.1e}, {worst}")
-        )
+        checks.append(Check(f"{claim} (within {tolerance:g})", passed, f"largest error {errors[worst]:.1e}, {worst}"))
     return checks
 
 

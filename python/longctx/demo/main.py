@@ -41,6 +41,7 @@ def run(args: argparse.Namespace) -> int:
         print(*report.answers(task, rows), "", sep="\n")
     title = f"{model_line(task)}, {torch.get_num_threads()} threads"
     report.print_all(title, report.columns(task), report.lines(task, rows), checks, notes(task))
+    print(*(f"{row.name} refused: {row.refused}" for row in rows if row.refused), sep="\n")
     print(*save(task, rows, checks, args), sep="\n")
     print(f"{time.perf_counter() - start:.0f} s in all")
     return 0 if all(check.passed for check in checks) else 1
@@ -55,7 +56,7 @@ def make_task(args: argparse.Namespace) -> Task:
         return prompt_task(args.model, args.prompt, dtype=dtype)
     heads = args.heads or (8 if dtype == "bfloat16" else 4)
     length = args.length or (8192 if args.quick else 32768)
-    sweep_length = min(2048 if args.quick else 8192, length)
+    sweep_length = min(4096 if args.quick else 8192, length)
     timing = () if args.quick else tuple(n for n in (2048, 4096, 16384) if n < length)
     return needle_task(
         {"dtype": dtype, "num_heads": heads, "num_kv_heads": args.kv_heads or max(1, heads // 4)},
@@ -89,7 +90,7 @@ def run_rows(task: Task) -> list[Measurement]:
         for row in (DENSE, *(row for row in ordinary if row is not DENSE)):
             run_row(row)
         for row in controls({answer.trial.length: answer.density for answer in measured[FLEX.name].answers}):
-            run_row(row)
+            run_row(row)  # after the row whose density they take
     order = [row.name for row in ordinary]
     return sorted(measured.values(), key=lambda row: order.index(row.name) if row.name in order else len(order))
 
@@ -137,7 +138,8 @@ def save(task: Task, rows: list[Measurement], checks: list[Check], args: argpars
 
 def as_json(task: Task, rows: list[Measurement], checks: list[Check]) -> dict[str, Any]:
     trials = [
-        {name: value for name, value in dataclasses.asdict(trial).items() if name != "prompt"} | {"length": trial.length}
+        {name: value for name, value in dataclasses.asdict(trial).items() if name != "prompt"}
+        | {"length": trial.length}
         for trial in task.trials
     ]
     measurements = [dataclasses.asdict(row) for row in rows]

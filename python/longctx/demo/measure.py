@@ -56,7 +56,9 @@ class Measurement:
 
     name: str
     answers: list[Answer] = field(default_factory=list)
+    refused: str = ""  # why this method does not run on this model
     peak_bytes: int = 0
+    cpu_seconds: float = 0.0  # of the whole process
     coverage_mean: float | None = None  # None: undefined for this method
     coverage_min: float | None = None
     relative_error: float | None = None  # of what attention wrote to the residual, against our dense
@@ -74,16 +76,20 @@ def measure(
     model = spec.load()
     result = Measurement(row.name)
     probe_trial = next((trial for trial in trials if trial.kind == "sweep" and trial.depth > 0.5), trials[-1])
+    try:
+        _put_on(model, row.policy_at(probe_trial.length))
+    except NotImplementedError as error:
+        result.refused = str(error)
+        return result
     with torch.inference_mode(), counted_sdpa() as sdpa_calls:
-        warm_up = torch.tensor([probe_trial.prompt[:WARM_UP]])
-        _put_on(model, row.policy_at(warm_up.shape[1]))
-        model(warm_up, logits_to_keep=1)
+        model(torch.tensor([probe_trial.prompt[:WARM_UP]]), logits_to_keep=1)
         for trial in trials:
             result.answers.append(answer(model, row.policy_at(trial.length), trial, sdpa_calls))
             progress(row.name)
         result.peak_bytes = peak_bytes()
         look_inside(model, row, probe_trial, check_length, reference, result)
         progress(row.name)
+    result.cpu_seconds = time.process_time()
     return result
 
 
@@ -95,7 +101,7 @@ def answer(model: PreTrainedModel, policy: Policy | None, trial: Trial, sdpa_cal
     sdpa_calls[0] = 0
     ids = torch.tensor([trial.prompt])
     with timed_forwards(model) as forwards:
-        tokens = model.generate(
+        tokens = model.generate(  # type: ignore[operator]
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=trial.max_new_tokens, do_sample=False
         )[0, ids.shape[1] :]
     layers = () if policy is None else adapter.stats(model).layers
@@ -131,7 +137,7 @@ def look_inside(
         result.relative_error = float((written.float() - dense).norm() / dense.norm())
     if policy is not None:
         prompt = torch.tensor([trial.prompt[: check_length - 64] + trial.prompt[-64:]])
-        result.exactness = exactness(model, row.policy_at(check_length), row.full, prompt)
+        result.exactness = exactness(model, policy, row.full, prompt)
 
 
 def attention_output(model: PreTrainedModel, ids: Tensor) -> Tensor:

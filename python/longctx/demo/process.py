@@ -15,11 +15,10 @@ class Workers:
     """Runs functions in fresh processes, forked from a server that has already imported torch and transformers."""
 
     def __init__(self) -> None:
-        if "forkserver" in multiprocessing.get_all_start_methods():
-            self._context = multiprocessing.get_context("forkserver")
+        can_fork = "forkserver" in multiprocessing.get_all_start_methods()
+        self._context: Any = multiprocessing.get_context("forkserver" if can_fork else "spawn")
+        if can_fork:
             self._context.set_forkserver_preload(["longctx.demo.measure"])
-        else:
-            self._context = multiprocessing.get_context("spawn")
 
     def run(self, function: Callable[..., Any], *args: Any, progress: Progress) -> Any:
         """``function(*args, progress)`` in a process of its own; raises where it raised or died."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -13,10 +14,7 @@ from longctx.demo.process import Progress
 from longctx.demo.rows import DENSE, SDPA
 from longctx.demo.task import Task
 
-try:
-    import rich
-except ImportError:
-    rich = None
+HAS_RICH = importlib.util.find_spec("rich") is not None
 
 PROVES = """\
 What this proves: the plumbing (tokenizer, cache, GQA, generate) runs on longctx kernels; they are exact; and whether a
@@ -41,16 +39,16 @@ def columns(task: Task) -> list[str]:
     return [
         "policy",
         answers,
-        f"prefill {main} [s]",
-        "vs SDPA",
-        "vs best dense",
-        "selection",
-        f"density {main}",
-        f"density {sweep}",
-        f"coverage {sweep}",
-        "lowest row",
-        "rel. error",
-        "peak [MB]",
+        f"prefill\n{main} [s]",
+        "against\nSDPA",
+        "against best\nof both dense",
+        "share of\nselection",
+        f"density\n{main}",
+        f"density\n{sweep}",
+        f"coverage\n{sweep}",
+        "its lowest\nrow",
+        f"rel. error\n{sweep}",
+        "peak\n[MB]",
     ]
 
 
@@ -63,6 +61,9 @@ def lines(task: Task, rows: Iterable[Measurement]) -> list[list[str]]:
     best_seconds = min(sdpa_seconds, dense.prefill_seconds)
     table = []
     for row in rows:
+        if row.refused:
+            table.append([row.name, "refused", *["-"] * (len(columns(task)) - 2)])
+            continue
         main = main_answer(row)
         if task.main.expected is None:
             same = sum(a == b for a, b in zip(main.tokens, dense.tokens, strict=False))
@@ -114,11 +115,11 @@ def attention_share(config: Any, length: int) -> float:
     inner, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     linear = config.hidden_size * (2 * inner + 2 * kv) + 3 * config.hidden_size * config.intermediate_size
     attention = inner * length  # two products, half of the square each, over 2 FLOPs
-    return attention / (attention + linear)
+    return float(attention / (attention + linear))
 
 
 def print_all(title: str, header: list[str], rows: list[list[str]], checks: list[Check], notes: list[str]) -> None:
-    if rich is None:
+    if not HAS_RICH:
         print(title, *plain_table(header, rows), "", sep="\n")
     else:
         _rich_table(title, header, rows)
@@ -129,6 +130,7 @@ def print_all(title: str, header: list[str], rows: list[list[str]], checks: list
 
 
 def plain_table(header: list[str], rows: list[list[str]]) -> list[str]:
+    header = [name.replace("\n", " ") for name in header]
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     first = [row[0].ljust(widths[0]) for row in [header, *rows]]
     rest = [[cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)] for row in [header, *rows]]
@@ -136,12 +138,13 @@ def plain_table(header: list[str], rows: list[list[str]]) -> list[str]:
 
 
 def _rich_table(title: str, header: list[str], rows: list[list[str]]) -> None:
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     for i, name in enumerate(header):
-        table.add_column(name, justify="left" if i == 0 else "right", no_wrap=i == 0)
+        table.add_column(name, justify="left" if i == 0 else "right", no_wrap=True)
     for row in rows:
         right, _, total = row[1].partition("/")
         table.add_row(*row, style=None if right == total else "yellow")
@@ -154,9 +157,10 @@ def _rich_table(title: str, header: list[str], rows: list[list[str]]) -> None:
 @contextmanager
 def progress_bar(total: int) -> Iterator[Progress]:
     """A function to call after every step with what runs; a bar where a terminal and rich are there."""
-    if rich is not None and sys.stderr.isatty():
+    if HAS_RICH and sys.stderr.isatty():
         from rich.console import Console
-        from rich.progress import BarColumn, Progress as Bar, TextColumn, TimeElapsedColumn
+        from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
+        from rich.progress import Progress as Bar
 
         described = (TextColumn("{task.description:32}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
         with Bar(*described, TimeElapsedColumn(), console=Console(stderr=True), transient=True) as bar:

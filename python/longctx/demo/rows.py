@@ -49,10 +49,10 @@ METHODS = (
     FLEX,
     Row(
         "AShape",
-        AShape(num_sink_tokens=128, window_size=2048),
+        AShape(num_sink_tokens=128, window_size=WINDOW),
         AShape(num_sink_tokens=128, window_size=EVERYTHING),
     ),
-    Row("LMInfinite", LMInfinite(window_size=2048), LMInfinite(window_size=1 << 17)),
+    Row("LMInfinite", LMInfinite(window_size=WINDOW), LMInfinite(window_size=1 << 17)),
     Row("BlockTopK", BlockTopK(top_k=16), BlockTopK(top_k=EVERYTHING)),
     Row("XAttention", XAttention(), XAttention(threshold=1.0)),
     Row(

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from longctx.demo.text import Haystack, Needle, tokenizer
+from longctx.demo.text import UNKNOWN, Haystack, Needle, tokenizer
 from longctx.models.constructed import BOS, MAX_VOCAB, retrieval_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+MIN_LENGTH = 2048  # well above `min_seqlen_q` of `longctx.apply`
 SWEEP_DEPTHS = (0.05, 0.3, 0.55, 0.8, 0.98)
 
 
@@ -34,7 +36,10 @@ class ModelSpec:
         if self.path is not None:
             from transformers import AutoModelForCausalLM
 
-            return AutoModelForCausalLM.from_pretrained(self.path, dtype=dtype, attn_implementation="sdpa").eval()
+            checkpoint: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+                self.path, dtype=dtype, attn_implementation="sdpa"
+            )
+            return checkpoint
         model = retrieval_model(
             self.vocab_size,
             num_heads=self.num_heads,
@@ -107,24 +112,32 @@ def needle_task(
     seed: int = 0,
 ) -> Task:
     """Needles in real text, for the constructed model: one at full length, a sweep over depths, an absent key."""
+    if min(length, sweep_length) < MIN_LENGTH:
+        raise ValueError(
+            f"longctx: prompts shorter than {MIN_LENGTH} tokens run dense; got {min(length, sweep_length)}"
+        )
     generator = random.Random(seed)
     haystack = Haystack.read(text, length)
-    needles = [needle or Needle.random(generator) for _ in range(1 + len(depths))]
-    absent = Needle.random(generator)
-    known = set(haystack.words)
-    if absent.key in known or (needle is None and any(n.key in known for n in needles)):
-        raise ValueError(f"longctx: the text already has one of the random keys; try another --seed than {seed}")
-    words = tokenizer(haystack.words, absent.words, *(n.words for n in needles), max_words=MAX_VOCAB)
+    taken = set(haystack.words)
+    if needle is not None and needle.key in taken:
+        raise ValueError(f"longctx: the text has the word {needle.key!r} itself; choose another key")
+    needles = [needle or Needle.random(generator, taken) for _ in range(1 + len(depths))]
+    absent = Needle.random(generator, taken)
+    words = tokenizer(absent.words, *(n.words for n in needles), haystack.words, max_words=MAX_VOCAB)
+
+    vocab = words.get_vocab()
+
+    def ids(tokens: Iterable[str]) -> tuple[int, ...]:
+        return tuple(vocab.get(token, UNKNOWN) for token in tokens)
 
     def trial(kind: str, length: int, depth: float, needle: Needle, question: Needle | None = None) -> Trial:
         prompt = haystack.prompt(needle, length=length, depth=depth, question=(question or needle).question)
         at = prompt.index(needle.key, round(depth * (length - 1 - len(needle.words) - len(needle.question))))
-        values = tuple(words.convert_tokens_to_ids(list(needle.values)))
         return Trial(
             kind=kind,
-            prompt=tuple(words.convert_tokens_to_ids(prompt)),
-            expected=values if question is None else (BOS,),
-            values=values,
+            prompt=ids(prompt),
+            expected=ids(needle.values) if question is None else (BOS,),
+            values=ids(needle.values),
             max_new_tokens=len(needle.values),
             depth=depth,
             reach=length - 1 - at,

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 BOS_WORD = "<s>"
+UNKNOWN = 1  # number of the word that stands for all beyond the vocabulary
 WORD = re.compile(r"\w+|[^\w\s]")
 TEMPLATE = "number of {key}"
 NUM_VALUES = 4
@@ -46,11 +47,14 @@ class Needle:
         return cls(key, tuple(values))
 
     @classmethod
-    def random(cls, generator: random.Random) -> Needle:
-        """A pronounceable key and four 4-digit values, none of which is a word of any text at hand."""
-        key = "".join(generator.choice("bdfgklmnprstvz") + generator.choice("aeiou") for _ in range(4))
-        values = generator.sample(range(1000, 10_000), NUM_VALUES)
-        return cls(key, tuple(str(value) for value in values))
+    def random(cls, generator: random.Random, taken: set[str]) -> Needle:
+        """A pronounceable key and four 4-digit values, none of them in `taken`, to which they are added."""
+        while True:
+            key = "".join(generator.choice("bdfgklmnprstvz") + generator.choice("aeiou") for _ in range(4))
+            values = [str(value) for value in generator.sample(range(1000, 10_000), NUM_VALUES)]
+            if taken.isdisjoint([key, *values]):
+                taken.update([key, *values])
+                return cls(key, tuple(values))
 
 
 @dataclass(frozen=True)
@@ -87,9 +91,9 @@ class Haystack:
 
 
 def tokenizer(*texts: tuple[str, ...] | list[str], max_words: int = 1 << 15) -> PreTrainedTokenizerFast:
-    """A word-level tokenizer whose words are numbered by first appearance; BOS is 0.
+    """A word-level tokenizer whose words are numbered by first appearance in `texts`; BOS is 0.
 
-    Words beyond `max_words` read as the unknown word, number 1.
+    Words beyond `max_words` read as the unknown word.
     """
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast

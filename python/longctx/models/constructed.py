@@ -117,7 +117,7 @@ def retrieval_model(
     from transformers import LlamaForCausalLM
 
     config = retrieval_config(vocab_size, num_heads, num_kv_heads)
-    model = LlamaForCausalLM(config).eval()
+    model = LlamaForCausalLM(config)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -134,10 +134,9 @@ def retrieval_model(
         model.model.norm.weight.fill_(_rms(4))
         # A right answer stands 12 nats above any other; the scratch channels move a logit by tenths.
         model.lm_head.weight[:, ANSWER] = 0.25 * codes
-        model.lm_head.weight[:, SCRATCH] = 0.02 * torch.randn(
-            vocab_size, HIDDEN - SCRATCH.start, generator=generator
-        )
-    return model.to(dtype)
+        model.lm_head.weight[:, SCRATCH] = 0.02 * torch.randn(vocab_size, HIDDEN - SCRATCH.start, generator=generator)
+    model.to(dtype).eval()
+    return model
 
 
 def retrieval_config(vocab_size: int, num_heads: int = 8, num_kv_heads: int | None = None) -> LlamaConfig:
@@ -172,9 +171,7 @@ def _rms(words: int) -> float:
     return math.sqrt((NORM**2 + words * CODE) / HIDDEN)
 
 
-def _write_layer(
-    attention: LlamaAttention, layer: int, heads: tuple[Head, ...], generator: torch.Generator
-) -> None:
+def _write_layer(attention: LlamaAttention, layer: int, heads: tuple[Head, ...], generator: torch.Generator) -> None:
     """Writes the projections of one layer."""
     asked, offered = _content(layer)
     group_size = attention.num_key_value_groups
@@ -236,9 +233,9 @@ def _query(head: Head, asked: Tensor) -> Tensor:
         weight[:, CONTENT_PAIRS] = SHARPNESS * asked.view(2, CODE // 2, HIDDEN)
         weight[0, BOS_PAIR, CONSTANT] = SHARPNESS * NO_MATCH / NORM
     elif head.kind == "sink":
-        # About half of the mass on the first token, the rest spread, denser near by.
-        weight[0, BOS_PAIR, CONSTANT] = (11.0 + head.variant % 3) / NORM
-        _write_kernel(weight, offset=0, first=8, gain=0.4)
+        # Most of the mass on the first token, the rest near by.
+        weight[0, BOS_PAIR, CONSTANT] = (15.0 + head.variant % 3) / NORM
+        _write_kernel(weight, offset=0, first=8, gain=1.0)
     elif head.kind == "local":
         # Equal amplitudes fall off like a power of the distance, from about 10^(first * 3 / 16) tokens on.
         _write_kernel(weight, offset=0, first=6 + 3 * head.variant % 9, gain=1.0)
@@ -247,7 +244,7 @@ def _query(head: Head, asked: Tensor) -> Tensor:
         topic = torch.zeros(CODE, 1)
         topic[4 + head.variant % 3 : 13] = 3.0
         weight[:, CONTENT_PAIRS] = (topic * asked).view(2, CODE // 2, HIDDEN)
-        _write_kernel(weight, offset=0, first=18, gain=0.4)
+        _write_kernel(weight, offset=0, first=16 + 2 * head.variant % 6, gain=1.0)
     else:
         raise ValueError(f"unknown kind of head {head.kind!r}")
     return weight.view(HEAD_DIM, HIDDEN) * math.sqrt(HEAD_DIM)
