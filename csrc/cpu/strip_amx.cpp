@@ -69,10 +69,21 @@ struct AmxStrip {
     State(const StripShape& shape, void* memory)
         : out_t(static_cast<char*>(memory)),
           reference(reinterpret_cast<float*>(out_t + value_tiles(shape) * 2 * kTileBytes)),
-          sum(reference + kStripRows) {}
-    char* out_t;       // [value tile][half] tile of 16 columns x 16 queries, float
-    float* reference;  // [kStripRows], in powers of two; -inf: nothing seen
-    float* sum;        // [kStripRows] of 2^(s - reference)
+          sum(reference + kStripRows),
+          seen_values(reinterpret_cast<char*>(sum + kStripRows)) {}
+    char* out_t;        // [value tile][half] tile of 16 columns x 16 queries, float
+    float* reference;   // [kStripRows], in powers of two; -inf: nothing seen
+    float* sum;         // [kStripRows] of 2^(s - reference)
+    char* seen_values;  // scratch: v^T of one key tile
+  };
+
+  // v^T of some key tiles: [value tile][part], column_bytes apart, then [key tile].
+  struct Values {
+    const char* at(int64_t column_tile, int part, int key_tile) const {
+      return data + (column_tile * kNumParts + part) * column_bytes + key_tile * kTileBytes;
+    }
+    const char* data;
+    int64_t column_bytes;
   };
 
   static int64_t query_bytes(const StripShape& shape) {
@@ -85,7 +96,8 @@ struct AmxStrip {
     return key_bytes(shape) + kNumParts * value_tiles(shape) * (kChunkKeys / 32) * kTileBytes;
   }
   static int64_t state_bytes(const StripShape& shape) {
-    return value_tiles(shape) * 2 * kTileBytes + 2 * kStripRows * sizeof(float);
+    return value_tiles(shape) * 2 * kTileBytes + 2 * kStripRows * sizeof(float) +
+           value_tiles(shape) * kNumParts * kTileBytes;
   }
 
   static void pack_queries(const StripShape& shape, const void* const* rows, int num_rows,
@@ -138,8 +150,9 @@ struct AmxStrip {
 
   static void reset(const StripShape& shape, void* memory) {
     const State state(shape, memory);
-    std::memset(memory, 0, state_bytes(shape));
+    std::memset(state.out_t, 0, value_tiles(shape) * 2 * kTileBytes);
     std::fill_n(state.reference, kStripRows, -kInf);
+    std::fill_n(state.sum, kStripRows, 0.0f);
   }
 
   // One depth step of 32 keys x 32 queries in tiles 0..3. Calls between(n) after tile product n.
@@ -324,8 +337,9 @@ struct AmxStrip {
   }
 
   // O^T += V^T P^T over the key tiles of a group.
-  static void add_values(const StripShape& shape, const char* values, const int* tiles, int count,
+  static void add_values(const StripShape& shape, const Values& values, const int* tiles, int count,
                          const char* probabilities, const State& state) {
+    if (count == 0) return;
     const int64_t num_tiles = value_tiles(shape);
     finish_stores();
     for (int64_t column = 0; column < num_tiles; column += 2) {
@@ -343,12 +357,12 @@ struct AmxStrip {
           const int p_part = product == 2 ? 1 : 0;
           const char* p = probabilities + i * kProbabilityTile + p_part * 2 * kTileBytes;
           _tile_loadd(6, p, kTileRow);
-          _tile_loadd(4, values + value_tile(column, v_part, tiles[i]), kTileRow);
+          _tile_loadd(4, values.at(column, v_part, tiles[i]), kTileRow);
           _tile_dpbf16ps(0, 4, 6);
           _tile_loadd(7, p + kTileBytes, kTileRow);
           _tile_dpbf16ps(1, 4, 7);
           if (two) {
-            _tile_loadd(5, values + value_tile(column + 1, v_part, tiles[i]), kTileRow);
+            _tile_loadd(5, values.at(column + 1, v_part, tiles[i]), kTileRow);
             _tile_dpbf16ps(2, 5, 6);
             _tile_dpbf16ps(3, 5, 7);
           }
@@ -361,6 +375,31 @@ struct AmxStrip {
         _tile_stored(3, out + 3 * kTileBytes, kTileRow);
       }
     }
+  }
+
+  // The slots of a key tile that some row sees.
+  static __mmask32 seen_slots(const ChunkMask& mask, int tile) {
+    if (static_cast<Visibility>(mask.tiles[tile]) != Visibility::kPartial) return ~__mmask32{0};
+    const uint32_t* visible = mask.visible + tile * kKeyTile;
+    const __m512i low = _mm512_loadu_si512(visible), high = _mm512_loadu_si512(visible + 16);
+    return _mm512_test_epi32_mask(low, low) |
+           static_cast<__mmask32>(_mm512_test_epi32_mask(high, high)) << 16;
+  }
+
+  // Slots that no row sees may hold NaN, and 0 * NaN is NaN: adds a copy without them.
+  static void add_seen_values(const StripShape& shape, const Values& values, int tile,
+                              __mmask32 seen, const char* probabilities, const State& state) {
+    char* to = state.seen_values;
+    for (int64_t column = 0; column < value_tiles(shape); ++column) {
+      for (int part = 0; part < kNumParts; ++part) {
+        const char* from = values.at(column, part, tile);
+        for (int r = 0; r < 16; ++r, from += kTileRow, to += kTileRow) {
+          _mm512_store_si512(to, _mm512_maskz_mov_epi16(seen, _mm512_load_si512(from)));
+        }
+      }
+    }
+    const int first = 0;
+    add_values(shape, {state.seen_values, kTileBytes}, &first, 1, probabilities, state);
   }
 
   static void accumulate(const StripShape& shape, const void* queries, const KeyChunk& chunk,
@@ -409,7 +448,7 @@ struct AmxStrip {
                               const void* packed, const ChunkMask& mask, void* memory) {
     const State state(shape, memory);
     const char* q = static_cast<const char*>(queries);
-    const char* values = static_cast<const char*>(packed) + key_bytes(shape);
+    const Values values{static_cast<const char*>(packed) + key_bytes(shape), value_tile(0, 1, 0)};
     alignas(64) float scores[2][kKeyTile * kStripRows];
     alignas(64) char probabilities[kGroupTiles * kProbabilityTile];
     int tiles[kChunkKeys / kKeyTile];
@@ -450,7 +489,13 @@ struct AmxStrip {
         again.pairs(0, 16);
         again.add(state.sum);
       }
-      if (i + 1 - first == kGroupTiles || !more) {
+      const __mmask32 seen = seen_slots(mask, tiles[i]);
+      if (seen != ~__mmask32{0}) {
+        add_values(shape, values, tiles + first, i - first, probabilities, state);
+        add_seen_values(shape, values, tiles[i], seen,
+                        probabilities + (i - first) * kProbabilityTile, state);
+        first = i + 1;
+      } else if (i + 1 - first == kGroupTiles || !more) {
         add_values(shape, values, tiles + first, i + 1 - first, probabilities, state);
         first = i + 1;
       }
