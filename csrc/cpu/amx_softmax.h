@@ -20,7 +20,6 @@ constexpr float kInf = std::numeric_limits<float>::infinity();
 // The exponentials of one key tile, two keys at a time so that products can run in between.
 template <int kNumParts>
 struct Exponentials {
-  static constexpr int kDegree = kNumParts == 1 ? 3 : 4;
   // Probabilities are truncated to bf16, which costs half the instructions of rounding. Scaled up
   // by the mean truncation first, they are as good as rounded ones.
   static constexpr float kRoundUp = kNumParts == 1 ? 1.0028178f : 1.0f;
@@ -74,7 +73,7 @@ struct Exponentials {
     }
   }
 
-  static __m512 power(__m512 x) { return exp2_ps<kDegree>(x, kRoundUp); }
+  static __m512 power(__m512 x) { return exp2_ps<4>(x, kRoundUp); }
 
   __m512 scale, offset[2], sums[4];
   const float* scores;
