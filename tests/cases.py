@@ -387,7 +387,10 @@ CASES = {
                 for dim in dims
                 for change in ("+1", "=0")
             )
-            | {f"all_options: value of dtype {dtype}" for dtype in (torch.float64, torch.bfloat16)},
+            | {
+                f"all_options: value of dtype {dtype}"
+                for dtype in (torch.float64, torch.bfloat16, torch.uint8, torch.bool)
+            },
             growing={"scores": 2},
             invalid={
                 "seqused_k past the keys": Invalid("all_options", "seqused_k", int32(150, 153)),

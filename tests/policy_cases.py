@@ -123,6 +123,7 @@ CALLS: dict[str, Call] = {
     "batch": call(2, 150, 150, seed=10),
     "aligned": call(1, 128, 128, seed=20),
     "chunk": call(2, 61, 170, seed=30),
+    "more_queries_than_keys": call(1, 90, 50, seed=35),
     "one_query": call(1, 1, 70, seed=40),
     "short": call(1, 5, 5, seed=50),
     "packed": call(

@@ -10,7 +10,7 @@ import torch
 
 import longctx
 from cases import DTYPES, Call, generator, int32, qkv, randn, random_ranges
-from checks import check_attention
+from checks import assert_equal_to_rounding, check_attention
 from longctx.testing import surround_with_nan
 
 HEAD_DIMS = (1, 7, 64, 80, 96, 128, 192, 256, 300)
@@ -102,7 +102,7 @@ def random_call(seed: int) -> Call:
     """Any sizes, dtype, layout and combination of options."""
     rng = random.Random(seed)
     num_kv_heads, batch = rng.choice((1, 2, 3)), rng.choice((1, 2))
-    seqlen_q, seqlen_k = rng.choice((1, 16, 33, 90)), rng.choice((1, 30, 97, 200, 540))
+    seqlen_q, seqlen_k = rng.choice((4, 16, 33, 90)), rng.choice((1, 30, 97, 200, 540))
     call = qkv(
         rng.choice(DTYPES),
         batch=batch,
@@ -159,8 +159,7 @@ def test_packed_equals_one_by_one(isa: str, dtype: torch.dtype) -> None:
         rows = slice(cu_seqlens_q[s], cu_seqlens_q[s + 1])
         keys = slice(cu_seqlens_k[s], cu_seqlens_k[s + 1])
         alone = longctx.attention(call["q"][:, :, rows], call["k"][:, :, keys], call["v"][:, :, keys], **options)
-        torch.testing.assert_close(out[:, :, rows], alone[0])
-        torch.testing.assert_close(lse[:, :, rows], alone[1])
+        assert_equal_to_rounding((out[:, :, rows], lse[:, :, rows]), alone)
 
 
 @pytest.mark.sanitize
@@ -247,16 +246,14 @@ def test_chunked_prefill_equals_one_pass(isa: str, dtype: torch.dtype, options: 
     for begin, end in ((0, 1), (1, 50), (50, 150)):
         rows, keys = slice(begin, end), slice(0, end)
         part = longctx.attention(call["q"][:, :, rows], call["k"][:, :, keys], call["v"][:, :, keys], **options)
-        torch.testing.assert_close(part[0], out[:, :, rows])
-        torch.testing.assert_close(part[1], lse[:, :, rows])
+        assert_equal_to_rounding(part, (out[:, :, rows], lse[:, :, rows]))
 
 
 def test_order_of_keys_does_not_matter(isa: str) -> None:
     call = qkv(torch.float32, seqlen_k=700)
     order = torch.randperm(700, generator=generator(0))
     permuted = call | {name: call[name][:, :, order] for name in ("k", "v")}
-    for a, b in zip(longctx.attention(**call, causal=False), longctx.attention(**permuted, causal=False), strict=True):
-        torch.testing.assert_close(a, b)
+    assert_equal_to_rounding(longctx.attention(**permuted, causal=False), longctx.attention(**call, causal=False))
 
 
 def test_lse_leaves_sinks_out() -> None:

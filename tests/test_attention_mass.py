@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import longctx
+from checks import record
 from longctx import reference
 from longctx.testing import available_isas, force_isa, surround_with_nan
 
@@ -41,6 +42,7 @@ def check(q: Tensor, k: Tensor, **options: object) -> tuple[Tensor, Tensor]:
         assert a.dtype == torch.float32
         assert a.shape == e.shape
         torch.testing.assert_close(a, e, atol=tolerance, rtol=tolerance, msg=lambda text, name=name: f"{name}: {text}")
+    record("attention_mass", q.dtype, q.shape[3])
     return actual
 
 
@@ -65,8 +67,9 @@ def test_matches_the_twin(
 
 @pytest.mark.parametrize("isa", available_isas())
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_every_instruction_set(isa: str, dtype: torch.dtype) -> None:
-    q, k = make(1, (4, 2), (130, 530), 48, dtype)
+@pytest.mark.parametrize("head_dim", [1, 48, 64, 128, 300])
+def test_every_instruction_set(isa: str, dtype: torch.dtype, head_dim: int) -> None:
+    q, k = make(1, (4, 2), (130, 530), head_dim, dtype)
     with force_isa(isa):
         check(q, k, window_size_left=200, num_sink_tokens=3)
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import longctx
+from checks import record
 from longctx import reference
 from longctx.testing import available_isas, force_isa, surround_with_nan
 
@@ -36,6 +37,7 @@ def check(q: Tensor, k: Tensor, *sizes: int, **options: object) -> Tensor:
         torch.testing.assert_close(actual, expected, atol=tolerance, rtol=tolerance)
         if softmax:
             result = actual
+    record("block_scores", q.dtype, q.shape[3])
     return result
 
 
@@ -61,8 +63,9 @@ def test_matches_the_twin(
 @pytest.mark.parametrize("isa", available_isas())
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_every_instruction_set(isa: str, method: str, dtype: torch.dtype) -> None:
-    q, k = make(1, (2, 1), (333, 333), 48, dtype)
+@pytest.mark.parametrize("head_dim", [1, 48, 64, 128, 300])
+def test_every_instruction_set(isa: str, method: str, dtype: torch.dtype, head_dim: int) -> None:
+    q, k = make(1, (2, 1), (333, 333), head_dim, dtype)
     with force_isa(isa):
         check(q, k, 64, 64, method=method)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import longctx
 from cases import DTYPES, Call, int32, qkv, random_blocks
-from checks import check_attention
+from checks import assert_equal_to_rounding, check_attention
 from longctx.testing import block_list
 from test_attention import random_call
 
@@ -70,8 +70,7 @@ def test_every_block_equals_dense(block_size_q: int, block_size_k: int, causal: 
             **listed(call, full_mask(call, block_size_q, block_size_k), block_size_q, block_size_k),
             causal=causal,
         )
-        for a, b in zip(sparse, longctx.attention(**call, causal=causal), strict=True):
-            torch.testing.assert_close(a, b)
+        assert_equal_to_rounding(sparse, longctx.attention(**call, causal=causal))
 
 
 @pytest.mark.sanitize
@@ -93,8 +92,7 @@ def test_disjoint_lists_merge_to_the_joint_one(block_size_q: int, block_size_k: 
     states = [longctx.block_sparse_attention(**listed(call, part == i, block_size_q, block_size_k)) for i in range(3)]
     merged = longctx.merge_states(*(torch.stack(parts) for parts in zip(*states, strict=True)))
     joint = longctx.block_sparse_attention(**listed(call, part < 3, block_size_q, block_size_k))
-    for a, b in zip(merged, joint, strict=True):
-        torch.testing.assert_close(a, b)
+    assert_equal_to_rounding(merged, joint)
 
 
 @pytest.mark.sanitize

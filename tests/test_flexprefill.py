@@ -11,7 +11,8 @@ from torch import Tensor
 import longctx
 from cases import randn
 from longctx.prefill import AttentionContext, FlexPrefill
-from longctx.prefill.flexprefill import jensen_shannon_distance, keep_mass, normalized
+from longctx.prefill.flexprefill import jensen_shannon_distance, keep_mass
+from longctx.prefill.probe import normalized
 from policy_cases import CALLS, Call, call
 
 Tiles = set[tuple[int, int]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cases import CASES, OpCase
-from checks import as_tuple, assert_same_bits
+from checks import as_tuple, assert_same_bits, record
 from test_conventions import for_every_call
 
 
@@ -79,12 +80,13 @@ def test_fake_kernel(case: OpCase, variant: str) -> None:
 
 @pytest.mark.parametrize("case", [case for case in CASES.values() if case.differentiable], ids=lambda case: case.name)
 def test_backward_raises_and_names_the_op(case: OpCase) -> None:
-    for argument in case.differentiable:
-        call = next(iter(case.calls.values()))(case.dtypes[0])
+    for argument, dtype in itertools.product(case.differentiable, case.dtypes):
+        call = next(iter(case.calls.values()))(dtype)
         call[argument].requires_grad_()
         result = as_tuple(case.op(**call))
         for output in result:
             with pytest.raises(NotImplementedError, match=f"longctx::{case.name}"):
                 output.nan_to_num(neginf=0.0).sum().backward(retain_graph=True)
+        record(case.name, dtype, direction="backward raises")
         with torch.no_grad():
             assert not any(output.requires_grad for output in as_tuple(case.op(**call)))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import longctx
+from checks import record
 from longctx import reference
 
 METHODS = {
@@ -32,6 +33,7 @@ def assert_same_list(scores: Tensor, **options: object) -> tuple[Tensor, Tensor]
     assert actual[1].dtype == torch.int32
     assert torch.equal(actual[0], expected[0])
     assert torch.equal(actual[1], expected[1])
+    record("select_blocks", scores.dtype)
     return actual
 
 

@@ -158,6 +158,19 @@ def test_window_is_applied_once() -> None:
     assert same[10 + WINDOW :].all()
 
 
+def test_window_argument_counts_only_without_a_mask() -> None:
+    """Mistral and Phi-3 pass `sliding_window` beside a mask that contains it."""
+    layer = tiny("mistral").model.layers[0].self_attn
+    q, k, v = torch.randn(1, 4, 30, 16), torch.randn(1, 2, 30, 16), torch.randn(1, 2, 30, 16)
+    forward = transformers.AttentionInterface._global_mapping["longctx"]
+    i = torch.arange(30)
+    for mask, first in ((None, i - 4), (torch.stack([i * 0, i + 1], dim=-1).int()[None, None], i * 0)):
+        visible = (i <= i[:, None]) & (i >= first[:, None])
+        expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=True)
+        got, _ = forward(layer, q, k, v, mask, sliding_window=5)
+        torch.testing.assert_close(got, expected.transpose(1, 2))
+
+
 def test_bfloat16() -> None:
     theirs, ours = (model.bfloat16() for model in pair("llama"))
     exact = logits(tiny("llama"), tokens(2, LENGTH))

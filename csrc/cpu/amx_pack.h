@@ -1,6 +1,7 @@
 // Layouts of the AMX engine. Everything is a sequence of tiles of 16 rows x 64 bytes.
-// A bf16 element is itself; an fp16 element is the exact sum of two bf16 parts, and a product then
-// takes three tile products (the fourth, low x low, is below fp16 rounding).
+// A bf16 element is itself; an fp16 element is the exact sum of two bf16 parts, a float of three. A
+// product of two such elements takes three or six tile products, small ones first; those left out
+// are below the rounding of the dtype. An infinite float becomes NaN in a product with a low part.
 //   q:  [part][depth step][half] tile of 16 pairs of depth x 16 queries       (B operand)
 //   k:  [16 slots][part][depth step] tile of 16 slots x 32 of depth           (A operand)
 //   v^T: [16 columns][part][32 slots] tile of 16 value columns x 32 slots     (A operand)
@@ -24,6 +25,8 @@ template <class In>
 constexpr int kParts = 1;
 template <>
 constexpr int kParts<Float16> = 2;
+template <>
+constexpr int kParts<float> = 3;
 
 inline int64_t depth_steps(const StripShape& shape) { return (shape.head_dim + 31) / 32; }
 inline int64_t value_tiles(const StripShape& shape) { return (shape.head_dim_v + 15) / 16; }
@@ -41,20 +44,34 @@ inline __m512i truncate_pairs(__m512 even, __m512 odd) {
                                  _mm512_castps_si512(odd));
 }
 
+// x less its bf16 part; nothing is left of what is not finite.
+inline __m512 rest_of(__m512 x, __m256i part) {
+  constexpr int kNotFinite = 0x99;
+  const __mmask16 finite = _knot_mask16(_mm512_fpclass_ps_mask(x, kNotFinite));
+  return _mm512_maskz_sub_ps(finite, x, even_words(_mm512_cvtepu16_epi32(part)));
+}
+
 // 32 elements, of which `mask` exist, as bf16 parts.
 template <class In>
 inline void load_parts(const void* from, __mmask32 mask, __m512i* parts) {
-  const __m512i bits = _mm512_maskz_loadu_epi16(mask, from);
   if constexpr (kParts<In> == 1) {
-    parts[0] = bits;
+    parts[0] = _mm512_maskz_loadu_epi16(mask, from);
   } else {
-    const __m512 x0 = _mm512_cvtph_ps(_mm512_castsi512_si256(bits));
-    const __m512 x1 = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(bits, 1));
-    parts[0] = (__m512i)_mm512_cvtne2ps_pbh(x1, x0);
-    const __m512i wide0 = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(parts[0]));
-    const __m512i wide1 = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(parts[0], 1));
-    parts[1] = (__m512i)_mm512_cvtne2ps_pbh(_mm512_sub_ps(x1, even_words(wide1)),
-                                            _mm512_sub_ps(x0, even_words(wide0)));
+    __m512 x0, x1;
+    if constexpr (kParts<In> == 2) {
+      const __m512i bits = _mm512_maskz_loadu_epi16(mask, from);
+      x0 = _mm512_cvtph_ps(_mm512_castsi512_si256(bits));
+      x1 = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(bits, 1));
+    } else {
+      const float* row = static_cast<const float*>(from);
+      x0 = _mm512_maskz_loadu_ps(static_cast<__mmask16>(mask), row);
+      x1 = _mm512_maskz_loadu_ps(static_cast<__mmask16>(mask >> 16), row + 16);
+    }
+    for (int part = 0; part < kParts<In>; ++part) {
+      parts[part] = (__m512i)_mm512_cvtne2ps_pbh(x1, x0);
+      x0 = rest_of(x0, _mm512_castsi512_si256(parts[part]));
+      x1 = rest_of(x1, _mm512_extracti64x4_epi64(parts[part], 1));
+    }
   }
 }
 

@@ -14,9 +14,19 @@ namespace {
 
 constexpr int kScoreRow = kStripRows * sizeof(float);  // bytes
 
-// Two parts make three products: low x low is below the rounding of their sum.
 template <int kNumParts>
-constexpr int kNumProducts = kNumParts == 1 ? 1 : 3;
+constexpr int kNumProducts = kNumParts * (kNumParts + 1) / 2;
+
+// Parts of the factors of product n of kNumProducts: i + j < kNumParts, small ones first.
+constexpr int kFactors[6][2] = {{0, 2}, {2, 0}, {1, 1}, {0, 1}, {1, 0}, {0, 0}};
+template <int kNumParts>
+constexpr int a_part(int n) {
+  return kFactors[6 - kNumProducts<kNumParts> + n][0];
+}
+template <int kNumParts>
+constexpr int b_part(int n) {
+  return kFactors[6 - kNumProducts<kNumParts> + n][1];
+}
 
 // P^T of 32 keys as B operand: [part][half] tiles of 16 pairs of keys x 16 queries.
 template <int kNumParts>
@@ -61,10 +71,10 @@ struct Values {
 template <int kNumParts, class Between>
 inline void multiply_step(const Rows& k0, const Rows& k1, const char* queries, int64_t steps,
                           int step, const Between& between) {
-#pragma GCC unroll 3
+#pragma GCC unroll 6
   for (int product = 0; product < kNumProducts<kNumParts>; ++product) {
-    const int k_part = product == kNumProducts<kNumParts> - 2 ? 1 : 0;
-    const int q_part = product == kNumProducts<kNumParts> - 3 ? 1 : 0;
+    const int k_part = a_part<kNumParts>(product);
+    const int q_part = b_part<kNumParts>(product);
     const int n = (step * kNumProducts<kNumParts> + product) * 4;
     const char* q = queries + (q_part * steps + step) * 2 * kTileBytes;
     _tile_loadd(6, q, kTileRow);
@@ -124,16 +134,23 @@ inline void multiply_values(const Values<kNumParts>& values, int64_t num_columns
   for (int64_t column = 0; column < num_columns; column += 2) {
     char* out = out_t + column * 2 * kTileBytes;
     const bool two = column + 1 < num_columns;
-    _tile_loadd(0, out, kTileRow);
-    _tile_loadd(1, out + kTileBytes, kTileRow);
-    if (two) {
-      _tile_loadd(2, out + 2 * kTileBytes, kTileRow);
-      _tile_loadd(3, out + 3 * kTileBytes, kTileRow);
+    // Six products a key would round a long sum six times: a group of float is summed apart.
+    constexpr bool kApart = kNumParts == 3;
+    alignas(64) char group[kApart ? 4 * kTileBytes : 64];
+    if (kApart) {
+      zero_tiles();
+    } else {
+      _tile_loadd(0, out, kTileRow);
+      _tile_loadd(1, out + kTileBytes, kTileRow);
+      if (two) {
+        _tile_loadd(2, out + 2 * kTileBytes, kTileRow);
+        _tile_loadd(3, out + 3 * kTileBytes, kTileRow);
+      }
     }
     for (int i = 0; i < count; ++i) {
-      for (int product = kNumProducts<kNumParts> - 1; product >= 0; --product) {
-        const int v_part = product == 1 ? 1 : 0;
-        const int p_part = product == 2 ? 1 : 0;
+      for (int product = 0; product < kNumProducts<kNumParts>; ++product) {
+        const int v_part = a_part<kNumParts>(product);
+        const int p_part = b_part<kNumParts>(product);
         const char* p = probabilities + i * kProbabilityTile<kNumParts> + p_part * 2 * kTileBytes;
         _tile_loadd(6, p, kTileRow);
         _tile_loadd(4, values.at(column, v_part, tiles[i]), kTileRow);
@@ -147,11 +164,16 @@ inline void multiply_values(const Values<kNumParts>& values, int64_t num_columns
         }
       }
     }
-    _tile_stored(0, out, kTileRow);
-    _tile_stored(1, out + kTileBytes, kTileRow);
+    char* to = kApart ? group : out;
+    _tile_stored(0, to, kTileRow);
+    _tile_stored(1, to + kTileBytes, kTileRow);
     if (two) {
-      _tile_stored(2, out + 2 * kTileBytes, kTileRow);
-      _tile_stored(3, out + 3 * kTileBytes, kTileRow);
+      _tile_stored(2, to + 2 * kTileBytes, kTileRow);
+      _tile_stored(3, to + 3 * kTileBytes, kTileRow);
+    }
+    for (int i = 0; kApart && i < (two ? 4 : 2) * kTileBytes; i += kTileRow) {
+      const __m512 sum = _mm512_add_ps(_mm512_load_ps(out + i), _mm512_load_ps(group + i));
+      _mm512_store_ps(out + i, sum);
     }
   }
 }

@@ -41,12 +41,13 @@ struct Exponentials {
       sums[half] = _mm512_add_ps(sums[half], p0);
       sums[2 + half] = _mm512_add_ps(sums[2 + half], p1);
       char* row = probabilities + half * kTileBytes + index * kTileRow;
-      const __m512i high = truncate_pairs(p0, p1);
-      _mm512_store_si512(row, high);
-      if constexpr (kNumParts == 2) {
-        const __m512 rest0 = _mm512_sub_ps(p0, even_words(high));
-        const __m512 rest1 = _mm512_sub_ps(p1, odd_words(high));
-        _mm512_store_si512(row + 2 * kTileBytes, truncate_pairs(rest0, rest1));
+      __m512 rest0 = p0, rest1 = p1;
+#pragma GCC unroll 3
+      for (int part = 0; part < kNumParts; ++part, row += 2 * kTileBytes) {
+        const __m512i words = truncate_pairs(rest0, rest1);
+        _mm512_store_si512(row, words);
+        rest0 = _mm512_sub_ps(rest0, even_words(words));
+        rest1 = _mm512_sub_ps(rest1, odd_words(words));
       }
     }
   }
@@ -73,7 +74,7 @@ struct Exponentials {
     }
   }
 
-  static __m512 power(__m512 x) { return exp2_ps<4>(x, kRoundUp); }
+  static __m512 power(__m512 x) { return exp2_ps<kNumParts == 3 ? 5 : 4>(x, kRoundUp); }
 
   __m512 scale, offset[2], sums[4];
   const float* scores;

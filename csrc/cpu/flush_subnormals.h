@@ -1,6 +1,6 @@
-// Subnormal results count as 0 on this thread while this lives. Softmax weights fall through all magnitudes, and
-// x86 takes some hundred cycles for each subnormal: attention with scores 100 nats apart ran 70x
-// slower.
+// Subnormal results count as 0 on this thread while this lives. Softmax weights fall through all
+// magnitudes, and x86 takes some hundred cycles for each subnormal: attention with scores 100 nats
+// apart ran 70x slower.
 #pragma once
 #if defined(__x86_64__)
 #include <xmmintrin.h>

@@ -64,8 +64,7 @@ void force_isa(Isa isa) {
 
 const StripEngine& choose_engine(DType dtype, Isa isa) {
 #if defined(__x86_64__)
-  const bool half = dtype == DType::kBFloat16 || dtype == DType::kFloat16;
-  if (isa >= Isa::kAmx && half) return amx_engine(dtype);
+  if (isa >= Isa::kAmx && dtype != DType::kFloat64) return amx_engine(dtype);
   if (isa >= Isa::kAvx512 && dtype != DType::kFloat64) return avx512_engine(dtype);
   if (isa >= Isa::kAvx2 && dtype != DType::kFloat64) return avx2_engine(dtype);
 #else

@@ -1,4 +1,4 @@
-// The strip engine on AMX tiles, for bf16 and (as two bf16 parts) fp16.
+// The strip engine on AMX tiles, for bf16 and, as two or three bf16 parts, fp16 and float32.
 //   S^T = K Q^T      A = k rows as the user stores them, B = q^T
 //   P^T = 2^(S^T - reference)      two vectors of S^T make one of P^T in the layout of a B operand
 //   O^T += V^T P^T   A = v^T, transposed once per chunk
@@ -303,15 +303,15 @@ struct AmxStrip {
         }
         transpose16(out);
         for (int r = 0; r < std::min(16, num_rows - half * 16); ++r) {
+          In* to = static_cast<In*>(out_rows[half * 16 + r]) + column * 16;
           const __m512 row = _mm512_castsi512_ps(out[r]);
-          __m256i bits;
-          if constexpr (kNumParts == 1) {
-            bits = (__m256i)_mm512_cvtneps_pbh(row);
+          if constexpr (kNumParts == 3) {
+            _mm512_mask_storeu_ps(to, mask, row);
+          } else if constexpr (kNumParts == 2) {
+            _mm256_mask_storeu_epi16(to, mask, _mm512_cvtps_ph(row, _MM_FROUND_TO_NEAREST_INT));
           } else {
-            bits = _mm512_cvtps_ph(row, _MM_FROUND_TO_NEAREST_INT);
+            _mm256_mask_storeu_epi16(to, mask, (__m256i)_mm512_cvtneps_pbh(row));
           }
-          _mm256_mask_storeu_epi16(static_cast<In*>(out_rows[half * 16 + r]) + column * 16, mask,
-                                   bits);
         }
       }
     }
@@ -375,6 +375,8 @@ constexpr StripEngine amx_strip_engine(const char* name) {
 const StripEngine& amx_engine(DType dtype) {
   static constexpr StripEngine kBFloat16 = amx_strip_engine<BFloat16>("amx-bf16");
   static constexpr StripEngine kFloat16 = amx_strip_engine<Float16>("amx-bf16x2");
+  static constexpr StripEngine kFloat32 = amx_strip_engine<float>("amx-bf16x3");
+  if (dtype == DType::kFloat32) return kFloat32;
   return dtype == DType::kFloat16 ? kFloat16 : kBFloat16;
 }
 

@@ -59,20 +59,25 @@ struct StripProducts {
     }
   }
 
-  // s_t[i][row] = k_rows[i] . q[row]
+  // s_t[i][row] = k_rows[i] . q[row]. A wide head_dim is summed kDepth at a time: q stays in the L1
+  // cache, and no chain of additions is long enough to lose a digit.
+  static constexpr int64_t kDepth = 128;
   template <class AfterBlock>
   static void score_rows(const T* const* k_rows, int count, const T* q_t, int64_t head_dim, T* s_t,
                          const AfterBlock& after_block) {
-    for_each_block(count, [&](auto rows, int64_t i) {
-      score_block<decltype(rows)::value>(k_rows + i, q_t, head_dim, s_t + i * kStripRows);
-      after_block();
-    });
+    for (int64_t first = 0; first < head_dim; first += kDepth) {
+      const int64_t last = first + kDepth < head_dim ? first + kDepth : head_dim;
+      for_each_block(count, [&](auto rows, int64_t i) {
+        score_block<decltype(rows)::value>(k_rows + i, q_t, first, last, s_t + i * kStripRows);
+        after_block();
+      });
+    }
   }
 
   // Not inlined, or the accumulators compete with the caller for registers.
   template <int kRows>
   __attribute__((noinline)) static void score_block(const T* const* k_rows, const T* q_t,
-                                                    int64_t head_dim, T* s_t) {
+                                                    int64_t first, int64_t last, T* s_t) {
     const T* k[kRows];
 #pragma GCC unroll 16
     for (int n = 0; n < kRows; ++n) k[n] = k_rows[n];
@@ -83,8 +88,8 @@ struct StripProducts {
 #pragma GCC unroll 16
         for (int j = 0; j < kBlockVecs; ++j) acc[n][j] = V::broadcast(0);
       }
-      const T* q = q_t + lane;
-      for (int64_t d = 0; d < head_dim; ++d, q += kStripRows) {
+      const T* q = q_t + first * kStripRows + lane;
+      for (int64_t d = first; d < last; ++d, q += kStripRows) {
         V x[kBlockVecs];
 #pragma GCC unroll 16
         for (int j = 0; j < kBlockVecs; ++j) x[j] = V::load(q + j * kLanes);
@@ -99,7 +104,8 @@ struct StripProducts {
       for (int n = 0; n < kRows; ++n) {
 #pragma GCC unroll 16
         for (int j = 0; j < kBlockVecs; ++j) {
-          acc[n][j].store(s_t + n * kStripRows + lane + j * kLanes);
+          T* s = s_t + n * kStripRows + lane + j * kLanes;
+          (first == 0 ? acc[n][j] : V::load(s) + acc[n][j]).store(s);
         }
       }
     }

@@ -83,7 +83,7 @@ def attention(
     """
     if validate:
         _validate.sequences("attention", q, k, key_ranges, cu_seqlens_q, cu_seqlens_k, seqused_k)
-    return torch.ops.longctx.attention(
+    result: tuple[Tensor, Tensor] = torch.ops.longctx.attention(
         q,
         k,
         v,
@@ -100,6 +100,7 @@ def attention(
         seqused_k=seqused_k,
         page_table=page_table,
     )
+    return result
 
 
 def empty_outputs(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

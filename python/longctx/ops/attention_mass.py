@@ -75,9 +75,10 @@ def attention_mass(  # type: ignore[misc]
     Raises:
         ValueError: an argument is wrong; the message names the op, argument, rule and what was given.
 
-    Cost: `2 * head_dim` FLOPs per head and visible (query, key) pair, counted in tiles (twice without lse); memory beyond the
-    outputs is bounded by tiles, plus up to 16 copies of a result by diagonal where there are few heads.
-    Deterministic for every thread count: no atomics. Gradients: none yet (raises NotImplementedError).
+    Cost: `2 * head_dim` FLOPs per head and visible (query, key) pair, counted in tiles (twice without
+    lse); memory beyond the outputs is bounded by tiles, plus up to 16 copies of a result by diagonal where
+    there are few heads. Deterministic for every thread count: no atomics. Gradients: none yet (raises
+    NotImplementedError).
     Source: the vertical-slash estimate of MInference (arXiv 2407.02490) and FlexPrefill (arXiv 2502.20766);
     per segment, the relevance signal of BlockRank (arXiv 2510.05396).
 

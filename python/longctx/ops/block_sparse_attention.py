@@ -78,7 +78,7 @@ def block_sparse_attention(
         op = "block_sparse_attention"
         _validate.sequences(op, q, k, key_ranges, cu_seqlens_q, cu_seqlens_k, seqused_k)
         _validate.block_list(op, block_indptr, block_indices, -(-k.shape[2] // block_size_k))
-    return torch.ops.longctx.block_sparse_attention(
+    result: tuple[Tensor, Tensor] = torch.ops.longctx.block_sparse_attention(
         q,
         k,
         v,
@@ -99,6 +99,7 @@ def block_sparse_attention(
         seqused_k=seqused_k,
         page_table=page_table,
     )
+    return result
 
 
 def _fake(

@@ -41,7 +41,8 @@ def merge_states(out: Tensor, lse: Tensor, lse_override: Tensor | None = None) -
         >>> torch.allclose(out, longctx.attention(q, k, v, causal=False)[0], atol=1e-5)
         True
     """
-    return torch.ops.longctx.merge_states(out, lse, lse_override)
+    result: tuple[Tensor, Tensor] = torch.ops.longctx.merge_states(out, lse, lse_override)
+    return result
 
 
 def _fake(out: Tensor, lse: Tensor, lse_override: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -95,8 +95,8 @@ def select_blocks(
         _validate.lengths("select_blocks", "seqused_k", seqused_k, scores.shape[3] * block_size_k)
     head_values = None
     if isinstance(value, Tensor):
-        if not value.is_floating_point():
-            raise TypeError(f"longctx::select_blocks: `value` must be floating point; got {value.dtype}")
+        if value.is_complex():
+            raise TypeError(f"longctx::select_blocks: `value` must be real; got {value.dtype}")
         if value.shape != scores.shape[1:2]:
             raise ValueError(
                 f"longctx::select_blocks: `value` must have shape [heads] = {list(scores.shape[1:2])}; "

@@ -6,7 +6,6 @@ Lai et al., "FlexPrefill: A Context-Aware Sparse Attention Mechanism for Efficie
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -14,9 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from longctx.ops import attention, attention_mass, block_scores, select_blocks
-from longctx.prefill.grid import Rows, Sequences, Shape, ceil_div, first_visible, token_intervals, visible_tiles
+from longctx.ops import block_scores, select_blocks
+from longctx.prefill.grid import Rows, Sequences, ceil_div, first_visible, visible_tiles
 from longctx.prefill.policy import AttentionContext, Pattern, Policy
+from longctx.prefill.probe import Probe, shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,8 +56,13 @@ class FlexPrefill(Policy):
         probe = Probe.of(q, k, context, self.block_size)
 
         # Which pattern: [num_seqs, heads].
+        options: dict[str, Any] = {**blocks, "softmax_scale": context.softmax_scale, **context.lengths()}
+        block_map = shown(block_scores(q, k, **options), visible, context)
         vertical, slash = probe.vertical_and_slash(k)
-        query_aware = jensen_shannon_distance(probe.block_map(k), vertical) < self.tau
+        # Unless a short block ends the map, its last row is the probe's; asking again would read all of k again.
+        is_last_row = shape[2] % self.block_size == 0 and not seqs.packed and context.key_ranges is None
+        estimate = block_map[:, :, -1] if is_last_row else probe.block_map(k)
+        query_aware = jensen_shannon_distance(estimate, vertical) < self.tau
 
         # Vertical-slash; of a query-aware head only the minimal budget.
         gamma = torch.where(query_aware, 0.0, self.gamma)[..., None]
@@ -66,96 +71,12 @@ class FlexPrefill(Policy):
         diagonals[..., :1] = True
         tiles = first_visible(visible) | vertical_slash_tiles(columns, diagonals, rows, seqs, self.block_size)
 
-        # Query-aware; the map of any other head is empty.
-        block_map = block_scores(q, k, **blocks, softmax_scale=context.softmax_scale, **context.lengths())
-        block_map = normalized(block_map * visible) * query_aware[rows.seq].movedim(2, 1)[..., None]
+        # Query-aware; the map of any other head is emptied.
+        block_map.mul_(query_aware[rows.seq].movedim(2, 1)[..., None])
         options = {**blocks, **context.list_options(q, k), "method": "cumulative", "scope": "head"}
         indptr, indices = select_blocks(block_map, value=self.gamma, **options)
         best = Pattern.of(q, k, context, block_indptr=indptr, block_indices=indices, **blocks).to_tiles()
         return Pattern.of_tiles(q, k, context, (tiles | best) & visible, self.block_size)
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Probe:
-    """The last queries of every sequence, as a call of its own: a batch, or packed behind each other."""
-
-    q: Tensor
-    context: AttentionContext
-    block_size: int
-
-    @classmethod
-    def of(cls, q: Tensor, k: Tensor, context: AttentionContext, block_size: int) -> Probe:
-        shape = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
-        seqs = Sequences.of(context, shape, q.device)
-        moved: dict[str, Any] = {}
-        if seqs.packed:
-            num_seqs = seqs.len_q.numel()
-            end = seqs.len_q.clamp(max=block_size).cumsum(0)
-            row = torch.arange(min(shape[2], num_seqs * block_size), device=q.device)
-            seq = torch.searchsorted(end, row, right=True).clamp(max=num_seqs - 1)
-            index = ((seqs.q_begin + seqs.len_q - end)[seq] + row).clamp(0, max(shape[2] - 1, 0))[None]
-            moved["cu_seqlens_q"] = pad(end, (1, 0)).int()
-        else:
-            length = min(shape[2], block_size)
-            end = seqs.len_q
-            if context.key_ranges is not None:  # padding on the right is not a query
-                begin_key, end_key = token_intervals(context, shape, q.device).unbind(-1)
-                row = torch.arange(1, shape[2] + 1, device=q.device)
-                end = ((begin_key < end_key).any(1) * row).amax(1).clamp(min=length)
-            index = end[:, None] - length + torch.arange(length, device=q.device)
-            moved["seqused_k"] = (seqs.len_k - seqs.len_q + end).int()
-        if context.key_ranges is not None:
-            where = index[:, None, :, None].expand(-1, context.key_ranges.shape[1], -1, 2)
-            moved["key_ranges"] = context.key_ranges.gather(2, where)
-        last = q.gather(2, index[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[3]))
-        return cls(q=last, context=dataclasses.replace(context, **moved), block_size=block_size)
-
-    def vertical_and_slash(self, k: Tensor) -> tuple[Tensor, Tensor]:
-        """Share of the probe's mass on each key block, and on each block of diagonals counted from the main one.
-
-        Both [num_seqs, heads, num_k_blocks], float64.
-        """
-        options = self.context.score_options()
-        _, lse = attention(self.q, k, k[..., :1], **options)
-        by_key, by_diagonal = attention_mass(self.q, k, lse, reduce="both", **options)
-        seqs = self._sequences(k)
-        end = seqs.k_begin + seqs.len_k
-        offset = torch.arange(ceil_div(k.shape[2], self.block_size) + 1, device=k.device) * self.block_size
-        keys = torch.minimum(seqs.k_begin[:, None] + offset, end[:, None])
-        # The main diagonal is the last that a sequence owns; the first belongs to its first key.
-        diagonals = torch.maximum((seqs.q_begin + end)[:, None] - offset, (seqs.q_begin + seqs.k_begin)[:, None])
-        return normalized(interval_sums(by_key, keys)), normalized(-interval_sums(by_diagonal, diagonals))
-
-    def block_map(self, k: Tensor) -> Tensor:
-        """The same share of each key block, as predicted by block means: float32 [num_seqs, heads, num_k_blocks]."""
-        blocks: dict[str, Any] = {"block_size_q": self.block_size, "block_size_k": self.block_size}
-        scores = block_scores(self.q, k, **blocks, softmax_scale=self.context.softmax_scale, **self.context.lengths())
-        seqs = self._sequences(k)
-        rows = Rows.of(seqs, self.q.shape[2], self.block_size)
-        visible = visible_tiles(self.context, self._shape(k), rows, **blocks)[:, None]
-        scores = normalized(scores * visible)
-        if not seqs.packed:
-            return scores[:, :, 0]
-        row = (seqs.len_q > 0).cumsum(0) - 1
-        return scores[0].movedim(1, 0)[row.clamp(min=0)]
-
-    def _shape(self, k: Tensor) -> Shape:
-        return (self.q.shape[0], self.q.shape[1], self.q.shape[2], k.shape[2])
-
-    def _sequences(self, k: Tensor) -> Sequences:
-        return Sequences.of(self.context, self._shape(k), k.device)
-
-
-def normalized(mass: Tensor) -> Tensor:
-    """`mass` divided by its sum over the last dim; nothing stays nothing."""
-    total = mass.sum(-1, keepdim=True)
-    return mass / torch.where(total > 0, total, 1.0)
-
-
-def interval_sums(mass: Tensor, bounds: Tensor) -> Tensor:
-    """Sums of [batch or 1, heads, n] between neighbours of `bounds` [num_seqs, m + 1]: [num_seqs, heads, m]."""
-    prefix = pad(mass.double().cumsum(-1), (1, 0)).expand(bounds.shape[0], -1, -1)
-    return prefix.gather(2, bounds[:, None].expand(-1, prefix.shape[1], -1)).diff(dim=-1)
 
 
 def jensen_shannon_distance(p: Tensor, q: Tensor) -> Tensor:
@@ -169,9 +90,8 @@ def keep_mass(mass: Tensor, gamma: Tensor, at_least: int) -> Tensor:
     """The fewest largest entries of each row whose sum reaches the share `gamma`, but `at_least` so many: bool."""
     ordered, order = mass.sort(dim=-1, descending=True, stable=True)
     reached = ordered.cumsum(-1)
-    keep = (reached - ordered < gamma * reached[..., -1:]) | (
-        torch.arange(mass.shape[-1], device=mass.device) < at_least
-    )
+    rank = torch.arange(mass.shape[-1], device=mass.device)
+    keep = (reached - ordered < gamma * reached[..., -1:]) | (rank < at_least)
     return torch.zeros_like(keep).scatter(-1, order, keep)
 
 

@@ -51,8 +51,8 @@ class AttentionContext(Predicate):
     layer_idx: int | None = None
     head_offset: int = 0  # first query head of this process under tensor parallelism
     # rope(positions int64 [batch or 1, n]) -> (cos, sin), each [batch or 1, n, rotary_dim] with both halves filled: the
-    # model rotates the first rotary_dim channels as x * cos + rotate_half(x) * sin (Llama's convention), and
-    # attention scaling is part of cos and sin. transformers: `lambda p: model.model.rotary_emb(float32_tensor, p)`.
+    # model rotates the first rotary_dim channels as x * cos + rotate_half(x) * sin (Llama's convention). A factor on
+    # both (YaRN's attention scaling) may be in them or left out: it survives rotating back and forth either way.
     rope: Rope | None = None
 
     def score_options(self) -> dict[str, Any]:
@@ -158,9 +158,10 @@ class Pattern(Predicate):
         # One spare column takes the -1 behind the last row.
         counts = self.block_indptr.diff(dim=-1).flatten()
         counts = torch.cat([counts, capacity - counts.sum(0, keepdim=True)])
-        row = torch.repeat_interleave(counts, output_size=capacity)
-        tiles = self.block_indices.new_zeros(batch * heads * (ends - 1) * (num_k_blocks + 1), dtype=torch.bool)
-        tiles.index_fill_(0, torch.add(self.block_indices, row, alpha=num_k_blocks + 1), True)
+        flat = torch.repeat_interleave(counts, output_size=capacity).mul_(num_k_blocks + 1).add_(self.block_indices)
+        tiles = flat.new_zeros(batch * heads * (ends - 1) * (num_k_blocks + 1), dtype=torch.bool).index_fill_(
+            0, flat, True
+        )
         return tiles.view(batch, heads, ends - 1, num_k_blocks + 1)[..., :num_k_blocks]
 
     def _rows(self) -> Rows:

@@ -1,0 +1,44 @@
+"""The examples that users copy: docstrings and the README."""
+
+from __future__ import annotations
+
+import doctest
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import longctx
+from longctx import ops, prefill
+
+README = Path(__file__).parent.parent / "README.md"
+PUBLIC = {
+    **{f"ops.{name}": getattr(ops, name) for name in ops.__all__},
+    **{f"prefill.{name}": getattr(prefill, name) for name in prefill.__all__},
+    "info": longctx.info,
+}
+
+
+@pytest.mark.parametrize("name", sorted(PUBLIC))
+def test_docstring_examples(name: str) -> None:
+    torch.manual_seed(0)
+    runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE)
+    examples = doctest.DocTestFinder(recurse=False).find(PUBLIC[name], name, globs={})
+    for example in examples:
+        runner.run(example)
+    assert runner.summarize(verbose=False).failed == 0
+
+
+@pytest.mark.parametrize("name", ops.__all__)
+def test_every_op_has_an_example(name: str) -> None:
+    assert ">>>" in (getattr(ops, name).__doc__ or "")
+
+
+def test_readme_snippet() -> None:
+    (snippet,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    namespace: dict[str, object] = {}
+    exec(snippet, namespace)
+    out = namespace["out"]
+    assert isinstance(out, torch.Tensor)
+    assert out.shape == (1, 8, 4096, 128)
