@@ -10,12 +10,13 @@
 #include <immintrin.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <limits>
 
 #include "amx_pack.h"
+#include "amx_products.h"
+#include "amx_softmax.h"
 #include "avx512_math.h"
 #include "longctx/mask.h"
 #include "strip_engine.h"
@@ -24,59 +25,26 @@ namespace longctx::cpu {
 namespace {
 
 constexpr int kGroupTiles = 8;  // key tiles per pass over O^T: their P^T stays in L1
-constexpr float kSumLimit = 0x1p60f;
-constexpr float kLog2E = 1.44269504f;
 constexpr int kCacheLine = 64;
-constexpr float kInf = std::numeric_limits<float>::infinity();
-constexpr int kScoreRow = kStripRows * sizeof(float);  // bytes
-
-struct alignas(64) TileConfig {
-  uint8_t palette = 1;
-  uint8_t start_row = 0;
-  uint8_t reserved[14] = {};
-  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
-
-void begin_thread() {
-  static constexpr TileConfig config;  // static: the compiler sees only 8 bytes of it being read
-  _tile_loadconfig(&config);
-}
-void end_thread() { _tile_release(); }
-
-// Tile loads do not tell the compiler that they read memory: vector stores before this are done.
-inline void finish_stores() { std::atomic_signal_fence(std::memory_order_seq_cst); }
-
-// 16 rows of an A operand.
-struct Rows {
-  const char* data;
-  int64_t stride;       // bytes
-  int64_t step_stride;  // bytes from one depth step to the next
-  int64_t part_stride;
-};
 
 template <class In>
 struct AmxStrip {
   static constexpr int kNumParts = kParts<In>;
-  static constexpr int kNumProducts = kNumParts * (kNumParts + 1) / 2;
-  // Parts of the factors of product n of kNumProducts: i + j < kNumParts, small ones first.
-  static constexpr int a_part(int n) { return kFactors[6 - kNumProducts + n][0]; }
-  static constexpr int b_part(int n) { return kFactors[6 - kNumProducts + n][1]; }
-  static constexpr int kFactors[6][2] = {{0, 2}, {2, 0}, {1, 1}, {0, 1}, {1, 0}, {0, 0}};
-  static constexpr int kDegree = 2 + kNumParts;
-  // Probabilities are truncated to bf16, which costs half the instructions of rounding. Scaled up
-  // by the mean truncation first, they are as good as rounded ones.
-  static constexpr float kRoundUp = kNumParts == 1 ? 1.0028178f : 1.0f;
-  static constexpr int kProbabilityTile = kNumParts * 2 * kTileBytes;  // [part][half] of 32 keys
+  static constexpr int kNumProducts = longctx::cpu::kNumProducts<kNumParts>;
+  using Exponentials = longctx::cpu::Exponentials<kNumParts>;
+  using Values = longctx::cpu::Values<kNumParts>;
+  static constexpr int kProbabilityTile = longctx::cpu::kProbabilityTile<kNumParts>;
 
   struct State {
     State(const StripShape& shape, void* memory)
         : out_t(static_cast<char*>(memory)),
           reference(reinterpret_cast<float*>(out_t + value_tiles(shape) * 2 * kTileBytes)),
-          sum(reference + kStripRows) {}
-    char* out_t;       // [value tile][half] tile of 16 columns x 16 queries, float
-    float* reference;  // [kStripRows], in powers of two; -inf: nothing seen
-    float* sum;        // [kStripRows] of 2^(s - reference)
+          sum(reference + kStripRows),
+          seen_values(reinterpret_cast<char*>(sum + kStripRows)) {}
+    char* out_t;        // [value tile][half] tile of 16 columns x 16 queries, float
+    float* reference;   // [kStripRows], in powers of two; -inf: nothing seen
+    float* sum;         // [kStripRows] of 2^(s - reference)
+    char* seen_values;  // scratch: v^T of one key tile
   };
 
   static int64_t query_bytes(const StripShape& shape) {
@@ -89,7 +57,8 @@ struct AmxStrip {
     return key_bytes(shape) + kNumParts * value_tiles(shape) * (kChunkKeys / 32) * kTileBytes;
   }
   static int64_t state_bytes(const StripShape& shape) {
-    return value_tiles(shape) * 2 * kTileBytes + 2 * kStripRows * sizeof(float);
+    return value_tiles(shape) * 2 * kTileBytes + 2 * kStripRows * sizeof(float) +
+           value_tiles(shape) * kNumParts * kTileBytes;
   }
 
   static void pack_queries(const StripShape& shape, const void* const* rows, int num_rows,
@@ -142,48 +111,9 @@ struct AmxStrip {
 
   static void reset(const StripShape& shape, void* memory) {
     const State state(shape, memory);
-    std::memset(memory, 0, state_bytes(shape));
+    std::memset(state.out_t, 0, value_tiles(shape) * 2 * kTileBytes);
     std::fill_n(state.reference, kStripRows, -kInf);
-  }
-
-  // One depth step of 32 keys x 32 queries in tiles 0..3. Calls between(n) after tile product n.
-  template <class Between>
-  static void multiply_step(const Rows& k0, const Rows& k1, const char* queries, int64_t steps,
-                            int step, const Between& between) {
-#pragma GCC unroll 6
-    for (int product = 0; product < kNumProducts; ++product) {
-      const int k_part = a_part(product);
-      const int q_part = b_part(product);
-      const int n = (step * kNumProducts + product) * 4;
-      const char* q = queries + (q_part * steps + step) * 2 * kTileBytes;
-      _tile_loadd(6, q, kTileRow);
-      _tile_loadd(4, k0.data + k_part * k0.part_stride + step * k0.step_stride, k0.stride);
-      _tile_dpbf16ps(0, 4, 6);
-      between(n);
-      _tile_loadd(7, q + kTileBytes, kTileRow);
-      _tile_dpbf16ps(1, 4, 7);
-      between(n + 1);
-      _tile_loadd(5, k1.data + k_part * k1.part_stride + step * k1.step_stride, k1.stride);
-      _tile_dpbf16ps(2, 5, 6);
-      between(n + 2);
-      _tile_dpbf16ps(3, 5, 7);
-      between(n + 3);
-    }
-  }
-
-  static void zero_tiles() {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-  }
-
-  static void store_scores(void* scores) {
-    char* s = static_cast<char*>(scores);
-    _tile_stored(0, s, kScoreRow);
-    _tile_stored(1, s + 64, kScoreRow);
-    _tile_stored(2, s + 16 * kScoreRow, kScoreRow);
-    _tile_stored(3, s + 16 * kScoreRow + 64, kScoreRow);
+    std::fill_n(state.sum, kStripRows, 0.0f);
   }
 
   // s = q k^T of key tile `tile`, [32 keys][32 queries]. kSteps: depth steps if known, else 0.
@@ -192,85 +122,14 @@ struct AmxStrip {
                          const void* packed, int tile, float* scores, const Between& between) {
     const Rows k0 = key_rows(shape, chunk, packed, 2 * tile);
     const Rows k1 = key_rows(shape, chunk, packed, 2 * tile + 1);
-    zero_tiles();
-    if constexpr (kSteps > 0) {
-#pragma GCC unroll 8
-      for (int step = 0; step < kSteps; ++step) {
-        multiply_step(k0, k1, queries, kSteps, step, between);
-      }
-    } else {
-      const int steps = static_cast<int>(depth_steps(shape));
-      for (int step = 0; step < steps; ++step) {
-        multiply_step(k0, k1, queries, steps, step, between);
-      }
-    }
-    store_scores(scores);
+    multiply_scores<kNumParts, kSteps>(k0, k1, queries, static_cast<int>(depth_steps(shape)),
+                                       scores, between);
   }
   static void score_tile(const StripShape& shape, const void* queries, const KeyChunk& chunk,
                          const void* packed, int tile, float* scores) {
     score_tile<0>(shape, static_cast<const char*>(queries), chunk, packed, tile, scores,
                   [](int) {});
   }
-
-  // The exponentials of one key tile, two keys at a time so that products can run in between.
-  struct Exponentials {
-    Exponentials(float scale_log2, const float* reference, const float* from, char* to)
-        : scale(_mm512_set1_ps(scale_log2)), scores(from), probabilities(to) {
-      for (int half = 0; half < 2; ++half) {
-        const __m512 r = _mm512_load_ps(reference + half * 16);
-        offset[half] = r;
-        sums[half] = sums[2 + half] = _mm512_setzero_ps();
-      }
-    }
-
-    void pair(int index) {
-      for (int half = 0; half < 2; ++half) {
-        const float* s = scores + index * 2 * kStripRows + half * 16;
-        const __m512 p0 = power(_mm512_fmsub_ps(_mm512_load_ps(s), scale, offset[half]));
-        const __m512 p1 =
-            power(_mm512_fmsub_ps(_mm512_load_ps(s + kStripRows), scale, offset[half]));
-        sums[half] = _mm512_add_ps(sums[half], p0);
-        sums[2 + half] = _mm512_add_ps(sums[2 + half], p1);
-        char* row = probabilities + half * kTileBytes + index * kTileRow;
-        __m512 rest0 = p0, rest1 = p1;
-#pragma GCC unroll 3
-        for (int part = 0; part < kNumParts; ++part, row += 2 * kTileBytes) {
-          const __m512i words = truncate_pairs(rest0, rest1);
-          _mm512_store_si512(row, words);
-          rest0 = _mm512_sub_ps(rest0, even_words(words));
-          rest1 = _mm512_sub_ps(rest1, odd_words(words));
-        }
-      }
-    }
-
-    void pairs(int begin, int end) {
-      for (int index = begin; index < end; ++index) pair(index);
-    }
-
-    // Adds the tile to the rows' sums, unless one of them outgrew its reference.
-    bool commit(float* sum) const {
-      const __m512 s0 = _mm512_add_ps(sums[0], sums[2]);
-      const __m512 s1 = _mm512_add_ps(sums[1], sums[3]);
-      const __m512 limit = _mm512_set1_ps(kSumLimit);
-      const __mmask16 high =
-          _mm512_cmp_ps_mask(s0, limit, _CMP_NLE_UQ) | _mm512_cmp_ps_mask(s1, limit, _CMP_NLE_UQ);
-      if (__builtin_expect(high != 0, 0)) return false;
-      add(sum);
-      return true;
-    }
-    void add(float* sum) const {
-      for (int half = 0; half < 2; ++half) {
-        const __m512 tile = _mm512_add_ps(sums[half], sums[2 + half]);
-        _mm512_store_ps(sum + half * 16, _mm512_add_ps(_mm512_load_ps(sum + half * 16), tile));
-      }
-    }
-
-    static __m512 power(__m512 x) { return exp2_ps<kDegree>(x, kRoundUp); }
-
-    __m512 scale, offset[2], sums[4];
-    const float* scores;
-    char* probabilities;
-  };
 
   // Moves the references up to the maximum of the tile and rescales what was accumulated.
   static void raise_references(const StripShape& shape, float scale, const float* scores,
@@ -295,89 +154,21 @@ struct AmxStrip {
     }
   }
 
-  // -inf, the reference of a row that saw nothing, cannot be subtracted.
-  static __m512 finite(__m512 x) {
-    return _mm512_max_ps(x, _mm512_set1_ps(std::numeric_limits<float>::lowest()));
-  }
-
-  // Applies softcap and mask in place; returns the factor that takes the scores to powers of two.
-  static float adjust_scores(const StripShape& shape, const ChunkMask& mask, int64_t tile,
-                             float* scores) {
-    const bool partial = static_cast<Visibility>(mask.tiles[tile]) == Visibility::kPartial;
-    const bool capped = shape.softcap > 0;
-    if (capped) cap_scores(shape, scores, static_cast<float>(shape.softcap * kLog2E));
-    if (!partial) return capped ? 1.0f : shape.scale_log2;
-    const __m512 scale = _mm512_set1_ps(capped ? 1.0f : shape.scale_log2);
-    const __m512 hidden = _mm512_set1_ps(-kInf);
-    for (int key = 0; key < kKeyTile; ++key) {
-      const uint32_t visible = mask.visible[tile * kKeyTile + key];
-      for (int half = 0; half < 2; ++half) {
-        float* s = scores + key * kStripRows + half * 16;
-        const auto lanes = static_cast<__mmask16>(visible >> (half * 16));
-        _mm512_store_ps(s, _mm512_mask_mul_ps(hidden, lanes, _mm512_load_ps(s), scale));
-      }
-    }
-    return 1.0f;
-  }
-
-  static void cap_scores(const StripShape& shape, float* scores, float cap) {
-    const __m512 inner = _mm512_set1_ps(static_cast<float>(shape.softmax_scale / shape.softcap));
-    for (int i = 0; i < kKeyTile * kStripRows; i += 16) {
-      const __m512 t = tanh_ps(_mm512_mul_ps(_mm512_load_ps(scores + i), inner));
-      _mm512_store_ps(scores + i, _mm512_mul_ps(t, _mm512_set1_ps(cap)));
-    }
-  }
-
-  // O^T += V^T P^T over the key tiles of a group.
-  static void add_values(const StripShape& shape, const char* values, const int* tiles, int count,
-                         const char* probabilities, const State& state) {
-    const int64_t num_tiles = value_tiles(shape);
-    finish_stores();
-    for (int64_t column = 0; column < num_tiles; column += 2) {
-      char* out = state.out_t + column * 2 * kTileBytes;
-      const bool two = column + 1 < num_tiles;
-      // Six products a key would round a long sum six times: a group of float is summed apart.
-      constexpr bool kApart = kNumParts == 3;
-      alignas(64) char group[kApart ? 4 * kTileBytes : 64];
-      if (kApart) {
-        zero_tiles();
-      } else {
-        _tile_loadd(0, out, kTileRow);
-        _tile_loadd(1, out + kTileBytes, kTileRow);
-        if (two) {
-          _tile_loadd(2, out + 2 * kTileBytes, kTileRow);
-          _tile_loadd(3, out + 3 * kTileBytes, kTileRow);
+  // Slots that no row sees may hold NaN, and 0 * NaN is NaN: adds a copy without them.
+  static void add_seen_values(const StripShape& shape, const Values& values, int tile,
+                              __mmask32 seen, const char* probabilities, const State& state) {
+    char* to = state.seen_values;
+    for (int64_t column = 0; column < value_tiles(shape); ++column) {
+      for (int part = 0; part < kNumParts; ++part) {
+        const char* from = values.at(column, part, tile);
+        for (int r = 0; r < 16; ++r, from += kTileRow, to += kTileRow) {
+          _mm512_store_si512(to, _mm512_maskz_mov_epi16(seen, _mm512_load_si512(from)));
         }
       }
-      for (int i = 0; i < count; ++i) {
-        for (int product = 0; product < kNumProducts; ++product) {
-          const int v_part = a_part(product);
-          const int p_part = b_part(product);
-          const char* p = probabilities + i * kProbabilityTile + p_part * 2 * kTileBytes;
-          _tile_loadd(6, p, kTileRow);
-          _tile_loadd(4, values + value_tile(column, v_part, tiles[i]), kTileRow);
-          _tile_dpbf16ps(0, 4, 6);
-          _tile_loadd(7, p + kTileBytes, kTileRow);
-          _tile_dpbf16ps(1, 4, 7);
-          if (two) {
-            _tile_loadd(5, values + value_tile(column + 1, v_part, tiles[i]), kTileRow);
-            _tile_dpbf16ps(2, 5, 6);
-            _tile_dpbf16ps(3, 5, 7);
-          }
-        }
-      }
-      char* to = kApart ? group : out;
-      _tile_stored(0, to, kTileRow);
-      _tile_stored(1, to + kTileBytes, kTileRow);
-      if (two) {
-        _tile_stored(2, to + 2 * kTileBytes, kTileRow);
-        _tile_stored(3, to + 3 * kTileBytes, kTileRow);
-      }
-      for (int i = 0; kApart && i < (two ? 4 : 2) * kTileBytes; i += kTileRow) {
-        const __m512 sum = _mm512_add_ps(_mm512_load_ps(out + i), _mm512_load_ps(group + i));
-        _mm512_store_ps(out + i, sum);
-      }
     }
+    const int first = 0;
+    multiply_values<kNumParts>({state.seen_values, kTileBytes}, value_tiles(shape), &first, 1,
+                               probabilities, state.out_t);
   }
 
   static void accumulate(const StripShape& shape, const void* queries, const KeyChunk& chunk,
@@ -426,7 +217,7 @@ struct AmxStrip {
                               const void* packed, const ChunkMask& mask, void* memory) {
     const State state(shape, memory);
     const char* q = static_cast<const char*>(queries);
-    const char* values = static_cast<const char*>(packed) + key_bytes(shape);
+    const Values values{static_cast<const char*>(packed) + key_bytes(shape), value_tile(0, 1, 0)};
     alignas(64) float scores[2][kKeyTile * kStripRows];
     alignas(64) char probabilities[kGroupTiles * kProbabilityTile];
     int tiles[kChunkKeys / kKeyTile];
@@ -440,6 +231,10 @@ struct AmxStrip {
     const int64_t rows_per_product =
         (prefetcher.end - prefetcher.row + num_tiles * products - 1) / (num_tiles * products);
     int first = 0;  // of the group
+    const auto add_values = [&](int count) {
+      multiply_values<kNumParts>(values, value_tiles(shape), tiles + first, count, probabilities,
+                                 state.out_t);
+    };
     score_tile<kSteps>(shape, q, chunk, packed, tiles[0], scores[0], [](int) {});
     for (int i = 0; i < num_tiles; ++i) {
       float* s = scores[i % 2];
@@ -456,7 +251,7 @@ struct AmxStrip {
       }
       if (!more || kSteps == 0) exponentials.pairs(0, 16);
       if (!exponentials.commit(state.sum)) {
-        add_values(shape, values, tiles + first, i - first, probabilities, state);
+        add_values(i - first);
         first = i;
         raise_references(shape, scale, s, state);
         alignas(64) float safe[kStripRows];
@@ -467,8 +262,14 @@ struct AmxStrip {
         again.pairs(0, 16);
         again.add(state.sum);
       }
-      if (i + 1 - first == kGroupTiles || !more) {
-        add_values(shape, values, tiles + first, i + 1 - first, probabilities, state);
+      const __mmask32 seen = seen_slots(mask, tiles[i]);
+      if (seen != ~__mmask32{0}) {
+        add_values(i - first);
+        add_seen_values(shape, values, tiles[i], seen,
+                        probabilities + (i - first) * kProbabilityTile, state);
+        first = i + 1;
+      } else if (i + 1 - first == kGroupTiles || !more) {
+        add_values(i + 1 - first);
         first = i + 1;
       }
     }
@@ -479,7 +280,7 @@ struct AmxStrip {
     const State state(shape, memory);
     alignas(64) float factor[kStripRows];
     for (int r = 0; r < num_rows; ++r) {
-      const float sum = state.sum[r] / kRoundUp, reference = state.reference[r];
+      const float sum = state.sum[r] / Exponentials::kRoundUp, reference = state.reference[r];
       const bool empty = sum == 0.0f;
       float total = sum;
       if (sinks != nullptr && !empty) total += std::exp2(sinks[r] * kLog2E - reference);
