@@ -27,11 +27,20 @@ inline __m512 exp2_ps(__m512 x, float factor = 1.0f) {
   return _mm512_scalef_ps(p, x);
 }
 
+// An odd polynomial where 1 - 2 / (e^2x + 1) would cancel: a large softcap magnifies what is lost.
 inline __m512 tanh_ps(__m512 x) {
   const __m512 one = _mm512_set1_ps(1.0f);
+  const __m512 z = _mm512_mul_ps(x, x);
+  const auto step = [&](__m512 p, float c) { return _mm512_fmadd_ps(p, z, _mm512_set1_ps(c)); };
+  __m512 p = step(_mm512_set1_ps(-0.005704934f), 0.020639041f);
+  p = step(step(step(p, -0.0537397f), 0.13331442f), -0.3333328f);
+  const __m512 small = _mm512_fmadd_ps(_mm512_mul_ps(x, z), p, x);
+  // An infinite e gives 1.
   const __m512 e = exp2_ps<5>(_mm512_mul_ps(x, _mm512_set1_ps(2.88539008f)));  // exp(2x)
-  // 1 - 2 / (e + 1); an infinite e gives 1.
-  return _mm512_fnmadd_ps(_mm512_set1_ps(2.0f), _mm512_div_ps(one, _mm512_add_ps(e, one)), one);
+  const __m512 large =
+      _mm512_fnmadd_ps(_mm512_set1_ps(2.0f), _mm512_div_ps(one, _mm512_add_ps(e, one)), one);
+  const __mmask16 is_small = _mm512_cmp_ps_mask(z, _mm512_set1_ps(0.390625f), _CMP_LT_OQ);
+  return _mm512_mask_mov_ps(large, is_small, small);  // 0.390625 = 0.625^2
 }
 
 // 16 x 16 dwords, in place.
