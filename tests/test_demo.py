@@ -316,7 +316,7 @@ def test_demo_runs_and_tells(tmp_path, capsys):
     assert all(answer["right"] for answer in by_name["Dense"]["answers"])
     assert by_name["Dense"]["coverage_min"] == pytest.approx(1.0, abs=1e-4)
     assert by_name["SDPA"]["relative_error"] < 1e-4
-    oracle, chance = by_name["OracleBlocks, equal density"], by_name["RandomBlocks, equal density"]
+    oracle, chance = by_name["OracleBlocks (same density)"], by_name["RandomBlocks (same density)"]
     assert oracle["coverage_mean"] >= chance["coverage_mean"]
     for text in ("What this proves", "sha256", "(nothing)", "demo.png"):
         assert text in printed
@@ -329,10 +329,8 @@ def test_demo_of_a_checkpoint(tmp_path, capsys):
     task.tokenizer.save_pretrained(tmp_path / "model")
     words = task.tokenizer.convert_ids_to_tokens(list(task.main.prompt))
     (tmp_path / "prompt").write_text(" ".join(words))
-    code = main(
-        ["demo", "--model", str(tmp_path / "model"), "--prompt", str(tmp_path / "prompt"), "--dtype", "float32"]
-        + ["--out", str(tmp_path), "--show-answers"]
-    )
+    files = ["--model", f"{tmp_path}/model", "--prompt", f"{tmp_path}/prompt", "--out", str(tmp_path)]
+    code = main(["demo", *files, "--dtype", "float32", "--show-answers"])
     printed = capsys.readouterr().out
     assert code == 0, printed
     assert "as dense" in printed
