@@ -41,8 +41,8 @@ def run(args: argparse.Namespace) -> int:
         print(*report.answers(task, rows), "", sep="\n")
     title = f"{model_line(task)}, {torch.get_num_threads()} threads"
     report.print_all(title, report.columns(task), report.lines(task, rows), checks, notes(task))
-    print(*(f"{row.name} refused: {row.refused}" for row in rows if row.refused), sep="\n")
-    print(*save(task, rows, checks, args), sep="\n")
+    refusals = [f"{row.name} refused: {row.refused}" for row in rows if row.refused]
+    print(*refusals, *save(task, rows, checks, args), sep="\n")
     print(f"{time.perf_counter() - start:.0f} s in all")
     return 0 if all(check.passed for check in checks) else 1
 

@@ -22,7 +22,7 @@ policy's selection still recalls one fact in a long text. What it does not: how 
 These weights are constructed, retrieval is nearly one-hot, and their attention is of the kind that column and diagonal
 methods expect."""
 
-WIDTH = 150
+WIDTH = 140
 
 
 def header(task: Task, length: int) -> list[str]:
@@ -40,13 +40,13 @@ def columns(task: Task) -> list[str]:
         "policy",
         answers,
         f"prefill\n{main} [s]",
-        "against\nSDPA",
-        "against best\nof both dense",
-        "share of\nselection",
+        "vs\nSDPA",
+        "vs best\ndense",
+        "selec-\ntion",
         f"density\n{main}",
         f"density\n{sweep}",
         f"coverage\n{sweep}",
-        "its lowest\nrow",
+        "lowest\nrow",
         f"rel. error\n{sweep}",
         "peak\n[MB]",
     ]
@@ -130,7 +130,7 @@ def print_all(title: str, header: list[str], rows: list[list[str]], checks: list
 
 
 def plain_table(header: list[str], rows: list[list[str]]) -> list[str]:
-    header = [name.replace("\n", " ") for name in header]
+    header = [name.replace("-\n", "").replace("\n", " ") for name in header]
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     first = [row[0].ljust(widths[0]) for row in [header, *rows]]
     rest = [[cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)] for row in [header, *rows]]
@@ -144,7 +144,7 @@ def _rich_table(title: str, header: list[str], rows: list[list[str]]) -> None:
 
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     for i, name in enumerate(header):
-        table.add_column(name, justify="left" if i == 0 else "right", no_wrap=True)
+        table.add_column(name, justify="left" if i == 0 else "right", overflow="fold")
     for row in rows:
         right, _, total = row[1].partition("/")
         table.add_row(*row, style=None if right == total else "yellow")

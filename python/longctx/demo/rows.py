@@ -56,7 +56,7 @@ METHODS = (
     Row("BlockTopK", BlockTopK(top_k=16), BlockTopK(top_k=EVERYTHING)),
     Row("XAttention", XAttention(), XAttention(threshold=1.0)),
     Row(
-        "PerLayer (Dense, FlexPrefill)",
+        "Dense, then FlexPrefill",
         PerLayer({0: Dense()}, default=FlexPrefill()),
         PerLayer({0: Dense()}, default=FLEX.full or Dense()),
     ),
@@ -67,7 +67,7 @@ def controls(densities: Mapping[int, float]) -> tuple[Row, ...]:
     """Random and best blocks at the density that another method had at each length."""
     return tuple(
         Row(
-            f"{method.__name__}, equal density",
+            f"{method.__name__} (same density)",
             method(density=max(densities.values())),
             method(density=1.0),
             {length: method(density=density) for length, density in densities.items()},

@@ -135,7 +135,7 @@ def retrieval_model(
         # A right answer stands 12 nats above any other; the scratch channels move a logit by tenths.
         model.lm_head.weight[:, ANSWER] = 0.25 * codes
         model.lm_head.weight[:, SCRATCH] = 0.02 * torch.randn(vocab_size, HIDDEN - SCRATCH.start, generator=generator)
-    model.to(dtype).eval()
+    model.to(dtype).eval()  # type: ignore[arg-type]
     return model
 
 

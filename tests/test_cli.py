@@ -1,0 +1,93 @@
+"""`longctx info` and what the command line says about mistakes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import longctx
+from longctx.cli import main
+from longctx.testing import available_isas, force_isa
+
+
+def info(capsys, *args: str) -> dict:
+    assert main(["info", "--json", *args]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_info_is_what_the_library_says(capsys):
+    facts = info(capsys)
+    assert facts == json.loads(json.dumps(longctx.info()))
+    assert "schemas" not in facts
+
+
+def test_info_as_text(capsys):
+    assert main(["info", "--verbose"]) == 0
+    printed = capsys.readouterr().out
+    assert f"longctx                  {longctx.__version__}" in printed
+    assert "longctx::merge_states(Tensor out, Tensor lse" in printed
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
+def test_path_of_a_shape(capsys, dtype):
+    path = info(capsys, "--shape", "2,8,8192,128", "--kv-heads", "2", "--dtype", dtype)["path"]
+    assert path["accepted"] is True
+    assert path["engine"] == longctx.info()["build"]["engines"][dtype]
+    assert path["query_heads_per_kv_head"] == 4
+    assert path["dense_causal_gflop"] == pytest.approx(2 * 2 * 8 * 8192**2 * 128 / 1e9, abs=1e-3)
+
+
+def test_path_tells_when_an_isa_is_held_back(capsys):
+    isas = available_isas()
+    with force_isa(isas[0]):
+        why = info(capsys, "--shape", "1,1,1,64", "--dtype", "float32")["path"]["why"]
+    held_back = isas[0] != longctx.info()["build"]["detected_isa"]
+    assert (f"held back to {isas[0]}" in why) == held_back
+
+
+@pytest.mark.parametrize(
+    ("args", "why"),
+    [(("--kv-heads", "3"), "got 3 beside 8"), (("--dtype", "int64"), "dtype")],
+)
+def test_a_shape_that_is_refused_tells_why(capsys, args, why):
+    path = info(capsys, "--shape", "1,8,512,64", *args)["path"]
+    assert path["accepted"] is False
+    assert why in path["why"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["info", "--shape", "1,8,512,64", "--dtype", "float33"], "no dtype is called 'float33'"),
+        (["demo", "--needle", "lonely"], "a needle is 'KEY v1 [v2 ...]'"),
+        (["demo", "--length", "1000"], "shorter than 2048"),
+        (["demo", "--depth", "2"], "depth 2"),
+        (["demo", "--text", "/no/such/file"], "No such file"),
+        (["demo", "--model", "/no/such/model"], "--model needs --prompt"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_code_2(capsys, argv, message):
+    if argv[0] == "demo":
+        pytest.importorskip("transformers", reason="needs transformers")
+    assert main(argv) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("argv", [[], ["nonsense"], ["info", "--shape", "1,2"]])
+def test_argparse_refuses(argv):
+    with pytest.raises(SystemExit) as error:
+        main(argv)
+    assert error.value.code == 2
+
+
+def test_python_dash_m():
+    done = subprocess.run(
+        [sys.executable, "-m", "longctx", "info", "--json"], capture_output=True, text=True, check=True
+    )
+    assert json.loads(done.stdout)["torch"] == torch.__version__
