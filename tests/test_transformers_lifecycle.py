@@ -22,7 +22,8 @@ from transformers_models import padding, tiny, tokens
 
 SPARSE = AShape(num_sink_tokens=4, window_size=20)
 INPUT = tokens(1, 60)
-CLOSE = {"atol": 2e-5, "rtol": 2e-5}
+# Float32 logits of sdpa itself lie up to 6e-5 from those of a float64 model.
+CLOSE = {"atol": 1e-4, "rtol": 1e-4}
 
 
 def logits(model: PreTrainedModel, input_ids: Tensor = INPUT) -> Tensor:

@@ -15,7 +15,8 @@ from longctx.integrations.transformers import apply, stats
 from transformers_models import MORE_NAMES, NAMES, WINDOW, padding, tiny, tokens
 
 LENGTH = 50  # three windows
-CLOSE = {"atol": 2e-5, "rtol": 2e-5}
+# Float32 logits of sdpa itself lie up to 6e-5 from those of a float64 model.
+CLOSE = {"atol": 1e-4, "rtol": 1e-4}
 
 
 def pair(name: str, **options: object) -> tuple[PreTrainedModel, PreTrainedModel]:

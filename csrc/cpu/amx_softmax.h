@@ -14,7 +14,8 @@ namespace longctx::cpu {
 namespace {
 
 constexpr float kSumLimit = 0x1p60f;
-constexpr float kLog2E = 1.44269504f;
+constexpr double kDoubleLog2E = 1.4426950408889634;
+constexpr float kLog2E = static_cast<float>(kDoubleLog2E);
 constexpr float kInf = std::numeric_limits<float>::infinity();
 
 // The exponentials of one key tile, two keys at a time so that products can run in between.

@@ -282,9 +282,9 @@ struct AmxStrip {
     for (int r = 0; r < num_rows; ++r) {
       const float sum = state.sum[r] / Exponentials::kRoundUp, reference = state.reference[r];
       const bool empty = sum == 0.0f;
-      float total = sum;
-      if (sinks != nullptr && !empty) total += std::exp2(sinks[r] * kLog2E - reference);
-      factor[r] = empty ? 0.0f : 1.0f / total;
+      double total = sum;
+      if (sinks != nullptr && !empty) total += std::exp2(sinks[r] * kDoubleLog2E - reference);
+      factor[r] = empty ? 0.0f : static_cast<float>(1.0 / total);
       static_cast<float*>(lse)[r] = empty ? -kInf : (reference + std::log2(sum)) / kLog2E;
     }
     std::fill(factor + num_rows, factor + kStripRows, 0.0f);
