@@ -17,8 +17,9 @@ def draw(task: Task, rows: list[Measurement], directory: Path) -> Path:
     from matplotlib import pyplot
 
     figure, (time, recall, coverage) = pyplot.subplots(1, 3, figsize=(16, 5), layout="constrained")
+    colors = pyplot.get_cmap("Paired")
     for index, row in enumerate(row for row in rows if not row.refused):
-        style = {"color": f"C{index % 10}", "marker": "osD^v<>PX*"[index % 10], "label": row.name}
+        style = {"color": colors(index), "marker": "osD^v<>PX*hd"[index % 12], "label": row.name}
         seconds: dict[int, list[float]] = {}
         for answer in row.answers:
             seconds.setdefault(answer.trial.length, []).append(answer.prefill_seconds)

@@ -116,6 +116,7 @@ def needle_task(
         raise ValueError(
             f"longctx: prompts shorter than {MIN_LENGTH} tokens run dense; got {min(length, sweep_length)}"
         )
+    check_length = MIN_LENGTH  # also of the absent key: short is enough
     generator = random.Random(seed)
     haystack = Haystack.read(text, length)
     taken = set(haystack.words)
@@ -124,7 +125,6 @@ def needle_task(
     needles = [needle or Needle.random(generator, taken) for _ in range(1 + len(depths))]
     absent = Needle.random(generator, taken)
     words = tokenizer(absent.words, *(n.words for n in needles), haystack.words, max_words=MAX_VOCAB)
-
     vocab = words.get_vocab()
 
     def ids(tokens: Iterable[str]) -> tuple[int, ...]:
@@ -146,11 +146,11 @@ def needle_task(
     trials = [
         *(trial("sweep", sweep_length, d, n) for d, n in zip(depths, needles[1:], strict=True)),
         *(trial("timing", n, depth, needles[0]) for n in timing_lengths),
-        trial("absent", sweep_length, depth, needles[0], absent),
+        trial("absent", check_length, depth, needles[0], absent),
         trial("main", length, depth, needles[0]),
     ]
     spec = ModelSpec(vocab_size=len(words), seed=seed, **model)
-    return Task(spec, tuple(trials), words, haystack.source, haystack.sha256, min(2048, sweep_length))
+    return Task(spec, tuple(trials), words, haystack.source, haystack.sha256, check_length)
 
 
 def prompt_task(path: Path, prompt: Path, *, dtype: str, max_new_tokens: int = 32) -> Task:
@@ -164,4 +164,4 @@ def prompt_task(path: Path, prompt: Path, *, dtype: str, max_new_tokens: int = 3
     tokens = tuple(words(text).input_ids)
     trial = Trial(kind="main", prompt=tokens, max_new_tokens=max_new_tokens)
     sha256 = hashlib.sha256(text.encode()).hexdigest()
-    return Task(ModelSpec(dtype=dtype, path=path), (trial,), words, str(prompt), sha256, min(2048, len(tokens)))
+    return Task(ModelSpec(dtype=dtype, path=path), (trial,), words, str(prompt), sha256, min(MIN_LENGTH, len(tokens)))
