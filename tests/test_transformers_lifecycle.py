@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import longctx
 from longctx.integrations import supports_transformers
-from longctx.integrations.transformers import apply, register, remove, stats, using
+from longctx.integrations.transformers import apply, register, registration, remove, stats, using
 from longctx.prefill import AShape, BlockTopK
 from transformers_models import padding, tiny, tokens
 
@@ -62,7 +62,7 @@ def test_import_registers(code: str) -> None:
 def test_unsupported_versions(monkeypatch: pytest.MonkeyPatch) -> None:
     versions = ("4.57.1", "5.19.0", "5.20.0", "5.23.0.dev0", "6.0.0")
     assert [supports_transformers(version) for version in versions] == [False, False, True, True, False]
-    monkeypatch.setattr(transformers, "__version__", "5.19.0")
+    monkeypatch.setattr(registration.transformers, "__version__", "5.19.0")
     with pytest.raises(ImportError, match=r"needs transformers >= 5.20, < 6; found 5.19.0"):
         register()
 

@@ -26,7 +26,7 @@ ROW_STEP = 7
 class Coverage(Policy):
     """Runs `inner` and notes the softmax mass that each row keeps."""
 
-    name: ClassVar[str] = "coverage"
+    name: ClassVar[str] = "_coverage"
     inner: Policy
     rows: list[Tensor] = field(default_factory=list)
 
@@ -51,7 +51,7 @@ class Coverage(Policy):
 class Compared(Policy):
     """Runs `inner` and notes how far each call is from `twin`, relative to the norm of the twin's result."""
 
-    name: ClassVar[str] = "compared"
+    name: ClassVar[str] = "_compared"
     inner: Policy
     twin: Attend
     errors: list[float] = field(default_factory=list)

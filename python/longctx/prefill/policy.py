@@ -239,8 +239,10 @@ def get_policy(spec: str | Policy) -> Policy:
 
 
 def _policies(cls: type[Policy]) -> list[type[Policy]]:
+    """Every named policy, a user's own included; a leading underscore keeps a helper out of the list."""
     children = [leaf for child in cls.__subclasses__() for leaf in _policies(child)]
-    return ([cls] if hasattr(cls, "name") else []) + children
+    public = not getattr(cls, "name", "_").startswith("_")
+    return ([cls] if public else []) + children
 
 
 def _parse(name: str, field: str, text: str, kind: Any) -> Any:
