@@ -31,7 +31,7 @@ def add_demo(parser: argparse.ArgumentParser) -> None:
         "Finds needles in local text with a transformers model whose weights are constructed: no download, "
         "about two minutes on two cores. The exit code tells whether every check held."
     )
-    parser.add_argument("--quick", action="store_true", help="8k tokens and no timing sweep")
+    parser.add_argument("--quick", action="store_true", help="8k tokens, fewer depths and no timing sweep")
     parser.add_argument("--length", type=int, help="tokens of the long prompt (32768; 8192 with --quick)")
     parser.add_argument("--needle", metavar="'KEY V1 V2'", help="a fact of your own to find (default: random ones)")
     parser.add_argument("--depth", type=float, default=0.37, help="where in the long prompt it stands, 0 to 1")

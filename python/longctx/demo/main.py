@@ -18,7 +18,7 @@ from longctx.demo.checks import Check, all_checks
 from longctx.demo.measure import Measurement, measure
 from longctx.demo.process import Workers
 from longctx.demo.rows import DENSE, FLEX, METHODS, SDPA, WINDOW_ROW, Row, controls
-from longctx.demo.task import Task, needle_task, prompt_task
+from longctx.demo.task import SWEEP_DEPTHS, Task, needle_task, prompt_task
 from longctx.demo.text import Needle
 
 EIGHT_B = {  # the linear layers of a Llama of 8 billion parameters
@@ -63,6 +63,7 @@ def make_task(args: argparse.Namespace) -> Task:
         length=length,
         sweep_length=sweep_length,
         timing_lengths=timing,
+        depths=SWEEP_DEPTHS[::2] if args.quick else SWEEP_DEPTHS,
         depth=args.depth,
         needle=Needle.parse(args.needle) if args.needle else None,
         text=args.text,
