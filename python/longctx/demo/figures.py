@@ -39,7 +39,7 @@ def draw(task: Task, rows: list[Measurement], directory: Path) -> Path:
     coverage.set_title("Coverage")
     for axes in (time, recall, coverage):
         axes.grid(alpha=0.3)
-    time.legend(fontsize="small")
+    figure.legend(*time.get_legend_handles_labels(), loc="outside lower center", ncols=6)
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / "demo.png"
     figure.savefig(path, dpi=120)
