@@ -1,4 +1,4 @@
-"""The command line: `longctx demo`, `longctx info`."""
+"""The command line: `longctx demo`, `longctx info`, `longctx bench`."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         commands.add_parser("demo", help="a long prompt through a real model, every policy beside dense attention")
     )
     add_info(commands.add_parser("info", help="what this installation would run, and why"))
+    add_bench(commands.add_parser("bench", help="the ops beside what one would use instead, on this machine"))
     args = parser.parse_args(argv)
     try:
         return int(args.run(args))
@@ -60,6 +61,13 @@ def run_demo(args: argparse.Namespace) -> int:
     from longctx.demo.main import run
 
     return run(args)
+
+
+def add_bench(parser: argparse.ArgumentParser) -> None:
+    from longctx.benchmark.run import add_arguments, main
+
+    add_arguments(parser)
+    parser.set_defaults(run=lambda args: 0 if main(args) else 1)
 
 
 def add_info(parser: argparse.ArgumentParser) -> None:

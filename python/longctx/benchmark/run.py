@@ -115,7 +115,8 @@ def selected(args: argparse.Namespace) -> list[Case]:
         for case in CASES
         if args.op in (None, case.op) and args.dtype in (None, str(case.dtype).removeprefix("torch."))
     ]
-    return [replace(case, length=args.length) for case in cases] if args.length else cases
+    # Goals belong to the length they were set for.
+    return [replace(case, length=args.length, goals={}) for case in cases] if args.length else cases
 
 
 def main(args: argparse.Namespace) -> list[Row]:
