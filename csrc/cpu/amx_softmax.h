@@ -34,7 +34,7 @@ struct Exponentials {
     }
   }
 
-  void pair(int index) {
+  LONGCTX_ALWAYS_INLINE void pair(int index) {
     for (int half = 0; half < 2; ++half) {
       const float* s = scores + index * 2 * kStripRows + half * 16;
       const __m512 p0 = power(_mm512_fmsub_ps(_mm512_load_ps(s), scale, offset[half]));
@@ -53,7 +53,8 @@ struct Exponentials {
     }
   }
 
-  void pairs(int begin, int end) {
+  LONGCTX_ALWAYS_INLINE void pairs(int begin, int end) {
+#pragma GCC unroll 16
     for (int index = begin; index < end; ++index) pair(index);
   }
 

@@ -118,7 +118,7 @@ struct AmxStrip {
 
   // s = q k^T of key tile `tile`, [32 keys][32 queries]. kSteps: depth steps if known, else 0.
   template <int kSteps, class Between>
-  static void score_tile(const StripShape& shape, const char* queries, const KeyChunk& chunk,
+  LONGCTX_ALWAYS_INLINE static void score_tile(const StripShape& shape, const char* queries, const KeyChunk& chunk,
                          const void* packed, int tile, float* scores, const Between& between) {
     const Rows k0 = key_rows(shape, chunk, packed, 2 * tile);
     const Rows k1 = key_rows(shape, chunk, packed, 2 * tile + 1);
@@ -243,7 +243,7 @@ struct AmxStrip {
                                 probabilities + (i - first) * kProbabilityTile);
       const bool more = i + 1 < num_tiles;
       if (more) {
-        score_tile<kSteps>(shape, q, chunk, packed, tiles[i + 1], scores[(i + 1) % 2], [&](int n) {
+        score_tile<kSteps>(shape, q, chunk, packed, tiles[i + 1], scores[(i + 1) % 2], [&](int n) LONGCTX_ALWAYS_INLINE {
           constexpr int kTotal = 4 * kNumProducts * kSteps;
           if constexpr (kSteps > 0) exponentials.pairs(n * 16 / kTotal, (n + 1) * 16 / kTotal);
           prefetcher.advance(rows_per_product);
