@@ -14,8 +14,8 @@
 #include "reduced_float.h"
 #include "strip_engine.h"
 
-// Products and exponentials interleave only if everything between two tile products is inlined; left
-// to itself, GCC calls the exponentials with their sums and constants in memory.
+// Products and exponentials interleave only if everything between two tile products is inlined;
+// left to itself, GCC calls the exponentials with their sums and constants in memory.
 #define LONGCTX_ALWAYS_INLINE __attribute__((always_inline))
 
 namespace longctx::cpu {

@@ -69,8 +69,8 @@ struct Values {
 
 // One depth step of 32 keys x 32 queries in tiles 0..3. Calls between(n) after tile product n.
 template <int kNumParts, class Between>
-LONGCTX_ALWAYS_INLINE inline void multiply_step(const Rows& k0, const Rows& k1, const char* queries, int64_t steps,
-                          int step, const Between& between) {
+LONGCTX_ALWAYS_INLINE inline void multiply_step(const Rows& k0, const Rows& k1, const char* queries,
+                                                int64_t steps, int step, const Between& between) {
 #pragma GCC unroll 6
   for (int product = 0; product < kNumProducts<kNumParts>; ++product) {
     const int k_part = a_part<kNumParts>(product);
@@ -109,8 +109,9 @@ inline void store_scores(void* scores) {
 
 // s = q k^T of the 32 keys k0, k1: [32 keys][32 queries]. kSteps: depth steps if known, else 0.
 template <int kNumParts, int kSteps, class Between>
-LONGCTX_ALWAYS_INLINE inline void multiply_scores(const Rows& k0, const Rows& k1, const char* queries, int steps,
-                            float* scores, const Between& between) {
+LONGCTX_ALWAYS_INLINE inline void multiply_scores(const Rows& k0, const Rows& k1,
+                                                  const char* queries, int steps, float* scores,
+                                                  const Between& between) {
   zero_tiles();
   if constexpr (kSteps > 0) {
 #pragma GCC unroll 8

@@ -118,8 +118,9 @@ struct AmxStrip {
 
   // s = q k^T of key tile `tile`, [32 keys][32 queries]. kSteps: depth steps if known, else 0.
   template <int kSteps, class Between>
-  LONGCTX_ALWAYS_INLINE static void score_tile(const StripShape& shape, const char* queries, const KeyChunk& chunk,
-                         const void* packed, int tile, float* scores, const Between& between) {
+  LONGCTX_ALWAYS_INLINE static void score_tile(const StripShape& shape, const char* queries,
+                                               const KeyChunk& chunk, const void* packed, int tile,
+                                               float* scores, const Between& between) {
     const Rows k0 = key_rows(shape, chunk, packed, 2 * tile);
     const Rows k1 = key_rows(shape, chunk, packed, 2 * tile + 1);
     multiply_scores<kNumParts, kSteps>(k0, k1, queries, static_cast<int>(depth_steps(shape)),
@@ -243,11 +244,13 @@ struct AmxStrip {
                                 probabilities + (i - first) * kProbabilityTile);
       const bool more = i + 1 < num_tiles;
       if (more) {
-        score_tile<kSteps>(shape, q, chunk, packed, tiles[i + 1], scores[(i + 1) % 2], [&](int n) LONGCTX_ALWAYS_INLINE {
-          constexpr int kTotal = 4 * kNumProducts * kSteps;
-          if constexpr (kSteps > 0) exponentials.pairs(n * 16 / kTotal, (n + 1) * 16 / kTotal);
-          prefetcher.advance(rows_per_product);
-        });
+        score_tile<kSteps>(shape, q, chunk, packed, tiles[i + 1], scores[(i + 1) % 2],
+                           [&](int n) LONGCTX_ALWAYS_INLINE {
+                             constexpr int kTotal = 4 * kNumProducts * kSteps;
+                             if constexpr (kSteps > 0)
+                               exponentials.pairs(n * 16 / kTotal, (n + 1) * 16 / kTotal);
+                             prefetcher.advance(rows_per_product);
+                           });
       }
       if (!more || kSteps == 0) exponentials.pairs(0, 16);
       if (!exponentials.commit(state.sum)) {

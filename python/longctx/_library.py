@@ -26,6 +26,4 @@ def load() -> None:
 
 def loaded() -> dict[str, str]:
     """The op libraries in this process, by name."""
-    return {
-        Path(path).name: path for path in sorted(torch.ops.loaded_libraries) if "longctx" in Path(path).name
-    }
+    return {Path(path).name: path for path in sorted(torch.ops.loaded_libraries) if "longctx" in Path(path).name}
