@@ -4,6 +4,7 @@
 # TORCH. `make TORCH=torch` takes the newest torch instead.
 TORCH ?= torch==2.13.0
 PYTHON ?= python3
+override PYTHON := $(or $(shell command -v $(PYTHON)),$(PYTHON))
 VENV := .venv
 # ccache and ninja are used where they are found.
 LAUNCHER := $(if $(shell command -v ccache),-C cmake.define.CMAKE_CXX_COMPILER_LAUNCHER=ccache)
