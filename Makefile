@@ -6,6 +6,7 @@ TORCH ?= torch==2.13.0
 PYTHON ?= python3
 override PYTHON := $(or $(shell command -v $(PYTHON)),$(PYTHON))
 VENV := .venv
+LINTERS := ruff==0.17.5 mypy==2.4.1 clang-format==23.1.5
 # ccache and ninja are used where they are found.
 LAUNCHER := $(if $(shell command -v ccache),-C cmake.define.CMAKE_CXX_COMPILER_LAUNCHER=ccache)
 
@@ -54,8 +55,9 @@ test-cpp: $(INSTALLED)
 	  $(PY) -m cmake --build build/cpp --target longctx_tests && $(dir $(PY))ctest --test-dir build/cpp --output-on-failure; \
 	else echo "C++ tests not run: no GoogleTest (Debian: apt-get install libgtest-dev)"; fi
 
-lint:
-	$(PY) -m pip install -q '.[lint]'
+# After the install: mypy reads the types of torch and transformers.
+lint: $(INSTALLED)
+	$(PY) -m pip install -q $(LINTERS)
 	$(PY) -m ruff check . && $(PY) -m ruff format --check .
 	git ls-files '*.h' '*.cpp' '*.cu' '*.cuh' | xargs $(dir $(PY))clang-format --dry-run --Werror
 	$(PY) -m mypy
