@@ -11,8 +11,8 @@
 
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
-#include "cpu/reduced_float.h"
 #include "cpu/strip_engine.h"
+#include "inputs.h"
 
 namespace longctx::cpu {
 namespace {
@@ -28,40 +28,6 @@ void run_on_threads(int64_t n, RangeBody body, void* context) {
   body(0, 1, context);
   for (std::thread& worker : workers) worker.join();
 }
-
-template <class T>
-DType dtype_of();
-template <>
-DType dtype_of<float>() {
-  return DType::kFloat32;
-}
-template <>
-DType dtype_of<BFloat16>() {
-  return DType::kBFloat16;
-}
-template <>
-DType dtype_of<Float16>() {
-  return DType::kFloat16;
-}
-
-// [heads, seqlen, head_dim], contiguous, standard normal.
-template <class T>
-class Tensor {
- public:
-  Tensor(int64_t heads, int64_t seqlen, int64_t head_dim)
-      : data_(heads * seqlen * head_dim), seqlen_(seqlen), head_dim_(head_dim) {
-    std::mt19937 rng(7);
-    std::normal_distribution<float> normal;
-    for (T& x : data_) narrow(normal(rng), x);
-  }
-  TensorView view() {
-    return {data_.data(), static_cast<int64_t>(data_.size()), seqlen_ * head_dim_, head_dim_};
-  }
-
- private:
-  std::vector<T> data_;
-  int64_t seqlen_, head_dim_;
-};
 
 // Causal rows that keep each earlier block with probability `density` and always their own.
 struct RandomBlocks {
