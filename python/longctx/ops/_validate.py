@@ -41,7 +41,7 @@ def lengths(op: str, argument: str, seqused_k: Tensor | None, seqlen_k: int) -> 
 
 
 def ranges(op: str, argument: str, key_ranges: Tensor | None, seqlen_k: int) -> None:
-    """Bounds of non-empty ranges lie within [0, seqlen_k]; the two ranges of a row do not overlap."""
+    """Bounds of non-empty ranges lie within [0, seqlen_k]."""
     if key_ranges is None or key_ranges.numel() == 0:
         return
     begin, end = key_ranges.unbind(-1)
