@@ -199,7 +199,7 @@ struct AmxStrip {
           end(2 * next.end),
           bytes{shape.head_dim * static_cast<int64_t>(sizeof(In)),
                 shape.head_dim_v * static_cast<int64_t>(sizeof(In))} {}
-    void advance(int64_t rows) {
+    LONGCTX_ALWAYS_INLINE void advance(int64_t rows) {
       for (const int64_t stop = std::min(row + rows, end); row < stop; ++row) {
         const void* const* keys = row % 2 == 0 ? chunk->k_rows : chunk->v_rows;
         const char* data = static_cast<const char*>(keys[row / 2]);
