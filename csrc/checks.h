@@ -54,6 +54,12 @@ inline std::string to_text(ScalarType type) {
   }
 }
 
+inline std::string device_text(const Tensor& tensor) {
+  if (tensor.is_cpu()) return "cpu";
+  if (tensor.is_cuda()) return "cuda:" + std::to_string(tensor.get_device_index());
+  return "another device";
+}
+
 // What is checked about the arguments of one op.
 class Checker {
  public:
@@ -110,7 +116,8 @@ class Checker {
 
   void same_device(const char* argument, const Tensor& tensor, const Tensor& first) const {
     if (!(tensor.device() == first.device())) {
-      fail(argument, "be on the same device as the first argument", "another device");
+      fail(argument, "be on the device of the first argument, " + device_text(first),
+           device_text(tensor));
     }
   }
 
