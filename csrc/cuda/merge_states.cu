@@ -1,29 +1,25 @@
 #include "cuda/kernels.h"
 #include "cuda/merge_states.cuh"
-#include "cuda/stream.h"
+#include "cuda/runtime.h"
 
 namespace longctx::cuda {
 
 void run_merge_states_cuda(const MergeStatesParams& params) {
   if (params.rows == 0) return;
-  const dim3 block(kWarp, kRowsPerBlock);
-  const auto grid = static_cast<unsigned>((params.rows + kRowsPerBlock - 1) / kRowsPerBlock);
-  const cudaStream_t stream = current_stream();
+  const auto grid = dim3(static_cast<unsigned>((params.rows + kMergeRows - 1) / kMergeRows));
+  const auto run = [&](auto kernel) {
+    launch("merge_states", kernel, grid, kMergeRows * device::kWarpSize, 0, params);
+  };
   switch (params.dtype) {
     case DType::kFloat32:
-      merge_states_kernel<float, float><<<grid, block, 0, stream>>>(params);
-      break;
+      return run(&merge_states_kernel<float, float>);
     case DType::kFloat64:
-      merge_states_kernel<double, double><<<grid, block, 0, stream>>>(params);
-      break;
+      return run(&merge_states_kernel<double, double>);
     case DType::kBFloat16:
-      merge_states_kernel<float, __nv_bfloat16><<<grid, block, 0, stream>>>(params);
-      break;
+      return run(&merge_states_kernel<float, __nv_bfloat16>);
     case DType::kFloat16:
-      merge_states_kernel<float, __half><<<grid, block, 0, stream>>>(params);
-      break;
+      return run(&merge_states_kernel<float, __half>);
   }
-  check_launch("merge_states");
 }
 
 }  // namespace longctx::cuda

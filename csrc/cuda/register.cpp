@@ -1,12 +1,12 @@
 // Registers the CUDA backend: op name -> csrc/ops/<op>.h with this backend's launcher.
-#include <cuda_runtime_api.h>
 #include <torch/csrc/stable/accelerator.h>
 
+#include <mutex>
 #include <stdexcept>
 #include <string>
 
 #include "cuda/kernels.h"
-#include "cuda/stream.h"
+#include "cuda/runtime.h"
 #include "ops/merge_states.h"
 
 // Only a CUDA torch defines this. Weak, so that the library also loads beside a CPU-only torch.
@@ -25,12 +25,41 @@ cudaStream_t current_stream() {
   return static_cast<cudaStream_t>(stream);
 }
 
-void check_launch(const char* op) {
-  const cudaError_t error = cudaPeekAtLastError();
+void check(const char* op, cudaError_t error) {
   if (error != cudaSuccess) {
     throw std::runtime_error(std::string("longctx::") + op + ": " + cudaGetErrorString(error));
   }
 }
+
+const DeviceLimits& device_limits() {
+  constexpr int kMaxDevices = 64;
+  static DeviceLimits limits[kMaxDevices];
+  static std::once_flag asked[kMaxDevices];
+  int device = 0;
+  check("device_limits", cudaGetDevice(&device));
+  std::call_once(asked[device], [&] {
+    const auto ask = [&](cudaDeviceAttr attribute, int& value) {
+      check("device_limits", cudaDeviceGetAttribute(&value, attribute, device));
+    };
+    ask(cudaDevAttrComputeCapabilityMajor, limits[device].compute_major);
+    ask(cudaDevAttrComputeCapabilityMinor, limits[device].compute_minor);
+    ask(cudaDevAttrMultiProcessorCount, limits[device].num_multiprocessors);
+    ask(cudaDevAttrMaxSharedMemoryPerBlockOptin, limits[device].shared_memory_per_block);
+  });
+  return limits[device];
+}
+
+Workspace::Workspace(int64_t bytes) {
+  if (bytes == 0) return;
+  int device = 0;
+  check("workspace", cudaGetDevice(&device));
+  const torch::stable::Device where(torch::headeronly::DeviceType::CUDA, device);
+  auto tensor = torch::stable::empty({bytes}, ScalarType::Byte, std::nullopt, where);
+  data_ = tensor.mutable_data_ptr();
+  owner_ = new Tensor(std::move(tensor));
+}
+
+Workspace::~Workspace() { delete static_cast<Tensor*>(owner_); }
 
 }  // namespace cuda
 

@@ -1,0 +1,95 @@
+// Thread indices, barriers, shared memory and warp collectives, one instruction each. Kernels are
+// written in these words alone, so that under LONGCTX_SIMT the same source runs on CPU fibers
+// (tests/simt). Blocks are one-dimensional.
+#pragma once
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#ifdef LONGCTX_SIMT
+#include "simt.h"
+#define LONGCTX_DEVICE inline
+#define LONGCTX_KERNEL(max_threads, min_blocks) void
+#else
+#define LONGCTX_DEVICE __device__ __forceinline__
+#define LONGCTX_KERNEL(max_threads, min_blocks) \
+  __global__ void __launch_bounds__(max_threads, min_blocks)
+#endif
+
+namespace longctx::device {
+
+constexpr int kWarpSize = 32;
+constexpr uint32_t kAllLanes = 0xffffffffu;
+
+#ifndef LONGCTX_SIMT
+
+LONGCTX_DEVICE int thread_index() { return static_cast<int>(threadIdx.x); }
+LONGCTX_DEVICE int num_threads() { return static_cast<int>(blockDim.x); }
+LONGCTX_DEVICE int64_t block_index() { return blockIdx.x; }    // of the grid's first dimension
+LONGCTX_DEVICE int64_t block_index_y() { return blockIdx.y; }  // of its second, at most 65535
+
+// The block's dynamic shared memory, aligned to 1024 bytes (TMA's 128-byte swizzle needs it).
+LONGCTX_DEVICE char* shared_memory() {
+  extern __shared__ __align__(1024) char longctx_shared[];
+  return longctx_shared;
+}
+
+LONGCTX_DEVICE void sync_threads() { __syncthreads(); }
+LONGCTX_DEVICE void sync_warp() { __syncwarp(); }
+// Barrier `id` (1 to 15) among the `threads` threads that name it; a multiple of 32.
+LONGCTX_DEVICE void sync_named(int id, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// Every lane of the warp takes part in each of these.
+template <class T>
+LONGCTX_DEVICE T shuffle(T value, int lane) {
+  return __shfl_sync(kAllLanes, value, lane);
+}
+template <class T>
+LONGCTX_DEVICE T shuffle_xor(T value, int mask) {
+  return __shfl_xor_sync(kAllLanes, value, mask);
+}
+// The value of lane - delta; the first delta lanes keep their own.
+template <class T>
+LONGCTX_DEVICE T shuffle_up(T value, int delta) {
+  return __shfl_up_sync(kAllLanes, value, delta);
+}
+LONGCTX_DEVICE uint32_t ballot(bool predicate) { return __ballot_sync(kAllLanes, predicate); }
+
+// Integers only: sums of floats in no fixed order would not repeat bitwise.
+LONGCTX_DEVICE int32_t atomic_add_shared(int32_t* target, int32_t value) {
+  return atomicAdd(target, value);
+}
+LONGCTX_DEVICE void atomic_add_shared(int64_t* target, int64_t value) {
+  atomicAdd(reinterpret_cast<unsigned long long*>(target), static_cast<unsigned long long>(value));
+}
+
+LONGCTX_DEVICE int count_bits(uint32_t bits) { return __popc(bits); }
+
+// 2^x with a relative error of 2^-22; subnormal results flush to zero.
+LONGCTX_DEVICE float exp2_fast(float x) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+
+#endif  // LONGCTX_SIMT
+
+LONGCTX_DEVICE int lane_index() { return thread_index() % kWarpSize; }
+// Uniform over the warp, and known to be so.
+LONGCTX_DEVICE int warp_index() { return shuffle(thread_index() / kWarpSize, 0); }
+
+LONGCTX_DEVICE float widen(float x) { return x; }
+LONGCTX_DEVICE double widen(double x) { return x; }
+LONGCTX_DEVICE float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
+LONGCTX_DEVICE float widen(__half x) { return __half2float(x); }
+LONGCTX_DEVICE void narrow(float x, float& y) { y = x; }
+LONGCTX_DEVICE void narrow(double x, double& y) { y = x; }
+LONGCTX_DEVICE void narrow(float x, __nv_bfloat16& y) { y = __float2bfloat16_rn(x); }
+LONGCTX_DEVICE void narrow(float x, __half& y) { y = __float2half_rn(x); }
+
+}  // namespace longctx::device
