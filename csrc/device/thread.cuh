@@ -69,6 +69,7 @@ LONGCTX_DEVICE void atomic_add_shared(int64_t* target, int64_t value) {
 }
 
 LONGCTX_DEVICE int count_bits(uint32_t bits) { return __popc(bits); }
+LONGCTX_DEVICE int lowest_bit(uint32_t bits) { return __ffs(static_cast<int>(bits)) - 1; }
 
 // 2^x with a relative error of 2^-22; subnormal results flush to zero.
 LONGCTX_DEVICE float exp2_fast(float x) {

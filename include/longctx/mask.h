@@ -10,30 +10,32 @@
 
 namespace longctx {
 
-struct Interval {
-  int64_t begin = 0;
-  int64_t end = 0;
-  LONGCTX_HD bool contains(int64_t key) const { return key >= begin && key < end; }
-  LONGCTX_HD bool covers(int64_t lo, int64_t hi) const { return lo >= begin && hi <= end; }
-  LONGCTX_HD bool overlaps(int64_t lo, int64_t hi) const {
-    return begin < end && lo < end && hi > begin;
-  }
+// Int: int64_t, or int32_t where registers are short and every key position fits.
+template <class Int>
+struct BasicInterval {
+  Int begin = 0;
+  Int end = 0;
+  LONGCTX_HD bool contains(Int key) const { return key >= begin && key < end; }
+  LONGCTX_HD bool covers(Int lo, Int hi) const { return lo >= begin && hi <= end; }
+  LONGCTX_HD bool overlaps(Int lo, Int hi) const { return begin < end && lo < end && hi > begin; }
 };
+using Interval = BasicInterval<int64_t>;
 
 enum class Visibility : int32_t { kNone, kPartial, kFull };
 
-struct RowMask {
-  Interval window;
-  Interval sinks;
-  Interval ranges[2];
+template <class Int>
+struct BasicRowMask {
+  BasicInterval<Int> window;
+  BasicInterval<Int> sinks;
+  BasicInterval<Int> ranges[2];
 
-  LONGCTX_HD bool visible(int64_t key) const {
+  LONGCTX_HD bool visible(Int key) const {
     return (window.contains(key) || sinks.contains(key)) &&
            (ranges[0].contains(key) || ranges[1].contains(key));
   }
 
   // Conservative: kFull and kNone are certain, kPartial means "test each key".
-  LONGCTX_HD Visibility visibility(int64_t lo, int64_t hi) const {
+  LONGCTX_HD Visibility visibility(Int lo, Int hi) const {
     const bool in_structure = window.covers(lo, hi) || sinks.covers(lo, hi);
     const bool in_ranges = ranges[0].covers(lo, hi) || ranges[1].covers(lo, hi);
     if (in_structure && in_ranges) return Visibility::kFull;
@@ -42,6 +44,7 @@ struct RowMask {
     return touches_structure && touches_ranges ? Visibility::kPartial : Visibility::kNone;
   }
 };
+using RowMask = BasicRowMask<int64_t>;
 
 // The mask of query row `row` (counted from the sequence's first query).
 LONGCTX_HD inline RowMask row_mask(const MaskParams& mask, const Sequence& seq, int64_t row) {
