@@ -29,6 +29,18 @@ LONGCTX_DEVICE void wait_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
 }
 
+#else
+
+LONGCTX_DEVICE void copy_async_16(void* shared, const void* global, int bytes,
+                                  simt::Where where = simt::here()) {
+  simt::issue_copy(shared, global, bytes, where);
+}
+LONGCTX_DEVICE void commit_copies() { simt::commit_copies(); }
+template <int pending>
+LONGCTX_DEVICE void wait_copies() {
+  simt::wait_copies(pending);
+}
+
 #endif  // LONGCTX_SIMT
 
 }  // namespace longctx::device

@@ -60,6 +60,107 @@ LONGCTX_DEVICE uint32_t pack_pair(__half, float low, float high) {
   return pair;
 }
 
+#else
+
+// Every lane reads its own row; the warp then deals out the elements.
+struct MatrixRows {
+  uint16_t row[8];
+  uint32_t r[4];
+};
+template <class Deal>
+LONGCTX_DEVICE void load_matrices(const char* name, uint32_t (&r)[4], const void* shared_row,
+                                  Deal deal, simt::Where where) {
+  simt::check_shared(name, shared_row, 16, where);
+  MatrixRows lane = {};
+  std::memcpy(lane.row, shared_row, sizeof(lane.row));
+  lane = simt::warp_op(name, lane, deal, where);
+  std::memcpy(r, lane.r, sizeof(r));
+}
+LONGCTX_DEVICE void load_matrices(uint32_t (&r)[4], const void* shared_row,
+                                  simt::Where where = simt::here()) {
+  const auto deal = [](MatrixRows* lanes) {
+    for (int l = 0; l < kWarpSize; ++l) {
+      for (int i = 0; i < 4; ++i) {
+        const uint16_t* pair = &lanes[8 * i + l / 4].row[2 * (l % 4)];
+        lanes[l].r[i] = pair[0] | static_cast<uint32_t>(pair[1]) << 16;
+      }
+    }
+  };
+  load_matrices("load_matrices", r, shared_row, deal, where);
+}
+LONGCTX_DEVICE void load_matrices_transposed(uint32_t (&r)[4], const void* shared_row,
+                                             simt::Where where = simt::here()) {
+  const auto deal = [](MatrixRows* lanes) {
+    for (int l = 0; l < kWarpSize; ++l) {
+      for (int i = 0; i < 4; ++i) {
+        const MatrixRows* rows = &lanes[8 * i + 2 * (l % 4)];
+        lanes[l].r[i] = rows[0].row[l / 4] | static_cast<uint32_t>(rows[1].row[l / 4]) << 16;
+      }
+    }
+  };
+  load_matrices("load_matrices_transposed", r, shared_row, deal, where);
+}
+
+LONGCTX_DEVICE float float_of_bits(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+LONGCTX_DEVICE float widen_bits(__nv_bfloat16, uint32_t bits) { return float_of_bits(bits << 16); }
+LONGCTX_DEVICE float widen_bits(__half, uint32_t bits) {
+  const uint32_t special = (bits & 0x7c00) == 0x7c00 ? 0x7f800000 : 0;  // infinities and NaN
+  const float magnitude = float_of_bits((bits & 0x7fff) << 13) * 0x1p112f;
+  uint32_t result;
+  std::memcpy(&result, &magnitude, sizeof(result));
+  return float_of_bits(result | special | (bits & 0x8000) << 16);
+}
+
+template <class T>
+LONGCTX_DEVICE void multiply_add(T, float (&acc)[4], const uint32_t (&a)[4], uint32_t b0,
+                                 uint32_t b1, simt::Where where = simt::here()) {
+  struct Lane {
+    float acc[4];
+    uint32_t a[4];
+    uint32_t b[2];
+  };
+  const auto product = [](Lane* lanes) {
+    float a[16][16], b[16][8], acc[16][8];
+    for (int l = 0; l < kWarpSize; ++l) {
+      const int g = l / 4, c = 2 * (l % 4);
+      for (int half = 0; half < 2; ++half) {
+        for (int i = 0; i < 4; ++i) {
+          a[g + i % 2 * 8][c + i / 2 * 8 + half] =
+              widen_bits(T(), lanes[l].a[i] >> 16 * half & 0xffff);
+        }
+        for (int i = 0; i < 2; ++i) {
+          b[c + i * 8 + half][g] = widen_bits(T(), lanes[l].b[i] >> 16 * half & 0xffff);
+          acc[g + i * 8][c + half] = lanes[l].acc[2 * i + half];
+        }
+      }
+    }
+    for (int row = 0; row < 16; ++row) {
+      for (int k = 0; k < 16; ++k) {
+        for (int column = 0; column < 8; ++column) acc[row][column] += a[row][k] * b[k][column];
+      }
+    }
+    for (int l = 0; l < kWarpSize; ++l) {
+      for (int i = 0; i < 4; ++i) lanes[l].acc[i] = acc[l / 4 + i / 2 * 8][2 * (l % 4) + i % 2];
+    }
+  };
+  Lane lane = {{acc[0], acc[1], acc[2], acc[3]}, {a[0], a[1], a[2], a[3]}, {b0, b1}};
+  lane = simt::warp_op("multiply_add", lane, product, where);
+  std::memcpy(acc, lane.acc, sizeof(acc));
+}
+
+LONGCTX_DEVICE uint32_t pack_pair(__nv_bfloat16, float low, float high) {
+  const __nv_bfloat16_raw pair[] = {__float2bfloat16_rn(low), __float2bfloat16_rn(high)};
+  return pair[0].x | static_cast<uint32_t>(pair[1].x) << 16;
+}
+LONGCTX_DEVICE uint32_t pack_pair(__half, float low, float high) {
+  const __half_raw pair[] = {__float2half_rn(low), __float2half_rn(high)};
+  return pair[0].x | static_cast<uint32_t>(pair[1].x) << 16;
+}
+
 #endif  // LONGCTX_SIMT
 
 }  // namespace longctx::device

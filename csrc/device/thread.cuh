@@ -5,6 +5,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <cfloat>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -12,7 +13,7 @@
 #ifdef LONGCTX_SIMT
 #include "simt.h"
 #define LONGCTX_DEVICE inline
-#define LONGCTX_KERNEL(max_threads, min_blocks) void
+#define LONGCTX_KERNEL(max_threads, min_blocks) inline void
 #else
 #define LONGCTX_DEVICE __device__ __forceinline__
 #define LONGCTX_KERNEL(max_threads, min_blocks) \
@@ -76,6 +77,72 @@ LONGCTX_DEVICE float exp2_fast(float x) {
   float result;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
   return result;
+}
+
+#else
+
+LONGCTX_DEVICE int thread_index() { return simt::running.index; }
+LONGCTX_DEVICE int num_threads() { return simt::running.num_threads; }
+LONGCTX_DEVICE int64_t block_index() { return simt::running.block_x; }
+LONGCTX_DEVICE int64_t block_index_y() { return simt::running.block_y; }
+LONGCTX_DEVICE char* shared_memory() { return simt::running.shared_memory; }
+
+LONGCTX_DEVICE void sync_threads(simt::Where where = simt::here()) {
+  simt::sync_block("sync_threads", 0, num_threads(), where);
+}
+LONGCTX_DEVICE void sync_named(int id, int threads, simt::Where where = simt::here()) {
+  simt::sync_block("sync_named", id, threads, where);
+}
+LONGCTX_DEVICE void sync_warp(simt::Where where = simt::here()) {
+  simt::warp_op("sync_warp", char(), [](char*) {}, where, true);
+}
+
+template <class T>
+LONGCTX_DEVICE T value_of_lane(const char* name, T value, int source, simt::Where where) {
+  struct Lane {
+    T value;
+    int source;
+    T result;
+  };
+  const auto exchange = [](Lane* lanes) {
+    for (int l = 0; l < kWarpSize; ++l) lanes[l].result = lanes[lanes[l].source].value;
+  };
+  return simt::warp_op(name, Lane{value, source & (kWarpSize - 1), value}, exchange, where).result;
+}
+template <class T>
+LONGCTX_DEVICE T shuffle(T value, int lane, simt::Where where = simt::here()) {
+  return value_of_lane("shuffle", value, lane, where);
+}
+template <class T>
+LONGCTX_DEVICE T shuffle_xor(T value, int mask, simt::Where where = simt::here()) {
+  return value_of_lane("shuffle_xor", value, (thread_index() % kWarpSize) ^ mask, where);
+}
+template <class T>
+LONGCTX_DEVICE T shuffle_up(T value, int delta, simt::Where where = simt::here()) {
+  const int lane = thread_index() % kWarpSize;
+  return value_of_lane("shuffle_up", value, lane < delta ? lane : lane - delta, where);
+}
+LONGCTX_DEVICE uint32_t ballot(bool predicate, simt::Where where = simt::here()) {
+  const auto gather = [](uint32_t* lanes) {
+    uint32_t bits = 0;
+    for (int l = 0; l < kWarpSize; ++l) bits |= lanes[l] << l;
+    for (int l = 0; l < kWarpSize; ++l) lanes[l] = bits;
+  };
+  return simt::warp_op("ballot", uint32_t{predicate}, gather, where);
+}
+
+LONGCTX_DEVICE int32_t atomic_add_shared(int32_t* target, int32_t value) {
+  return __atomic_fetch_add(target, value, __ATOMIC_RELAXED);
+}
+LONGCTX_DEVICE void atomic_add_shared(int64_t* target, int64_t value) {
+  __atomic_fetch_add(target, value, __ATOMIC_RELAXED);
+}
+
+LONGCTX_DEVICE int count_bits(uint32_t bits) { return __builtin_popcount(bits); }
+
+LONGCTX_DEVICE float exp2_fast(float x) {
+  const float result = exp2f(x);
+  return result < FLT_MIN ? 0.0f : result;
 }
 
 #endif  // LONGCTX_SIMT

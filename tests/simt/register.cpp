@@ -1,0 +1,50 @@
+// Registers the CUDA kernels, running on the CPU, under torch's CPU key: loaded after
+// liblongctx.so, this library takes over from the CPU kernels.
+#include "cuda/kernels.h"
+#include "ops/merge_states.h"
+#include "simt.h"
+
+namespace longctx {
+namespace {
+
+template <class Choice, size_t num_choices>
+Choice chosen(const char* argument, const Name& name,
+              const std::pair<const char*, Choice> (&choices)[num_choices]) {
+  std::string rule = "be one of";
+  for (const auto& [text, choice] : choices) {
+    if (name.text == text) return choice;
+    rule += std::string(" ") + text;
+  }
+  Checker("simt").fail(argument, rule, name.text);
+}
+
+void configure(const Name& schedule, const Name& landing, int64_t seed) {
+  using simt::Landing;
+  using simt::Schedule;
+  simt::mode = {
+      chosen<Schedule>("schedule", schedule,
+                       {{"round_robin", Schedule::kRoundRobin},
+                        {"warp_run_ahead", Schedule::kWarpRunAhead},
+                        {"random", Schedule::kRandom}}),
+      chosen<Landing>(
+          "landing", landing,
+          {{"early", Landing::kEarly}, {"late", Landing::kLate}, {"random", Landing::kRandom}}),
+      static_cast<uint64_t>(seed)};
+}
+
+}  // namespace
+}  // namespace longctx
+
+STABLE_TORCH_LIBRARY(longctx_simt, m) {
+  m.def("configure(str schedule, str landing, int seed) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(longctx_simt, CompositeExplicitAutograd, m) {
+  m.impl("configure", TORCH_BOX(&longctx::configure));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(longctx, CPU, m) {
+  using namespace longctx;
+  using namespace longctx::cuda;
+  m.impl("merge_states", TORCH_BOX(&merge_states<run_merge_states_cuda>));
+}
