@@ -78,21 +78,20 @@ struct OnDevice<op> {
   }
 };
 
-// JSON: how this library was compiled, and which instances it has.
+// JSON: how this library was compiled, and what its instances ask of shared memory, by
+// kernel/family/dtype/head_dim.
 std::string build_info() {
   std::ostringstream json;
   json << "{\"nvcc\": \"" << LONGCTX_NVCC_VERSION << "\", \"architectures\": \""
        << LONGCTX_CUDA_ARCHITECTURES << "\", \"cutlass\": \"" << LONGCTX_CUTLASS_VERSION
-       << "\", \"instances\": [";
+       << "\", \"shared_bytes\": {";
   const char* separator = "";
   for (const cuda::Instance& instance : cuda::instances()) {
-    json << separator << "{\"kernel\": \"" << instance.kernel << "\", \"family\": \""
-         << instance.family << "\", \"dtype\": \"" << instance.dtype
-         << "\", \"head_dim\": " << instance.head_dim
-         << ", \"shared_bytes\": " << instance.shared_bytes << "}";
+    json << separator << "\"" << instance.kernel << "/" << instance.family << "/" << instance.dtype
+         << "/" << instance.head_dim << "\": " << instance.shared_bytes;
     separator = ", ";
   }
-  json << "]}";
+  json << "}}";
   return json.str();
 }
 
