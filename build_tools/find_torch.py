@@ -21,7 +21,8 @@ def candidates() -> list[Path]:
     return found + [Path(sysconfig.get_path(name)) / "torch" for name in ("platlib", "purelib")]
 
 
-def main() -> int:
+def find() -> tuple[Path, bool] | None:
+    """The directory of the first torch that is new enough, and whether it has CUDA."""
     for path in candidates():
         version = path / "version.py"
         if not (path / "include" / "torch" / "csrc" / "stable").is_dir() or not version.is_file():
@@ -29,10 +30,16 @@ def main() -> int:
         text = version.read_text()
         match = re.search(r"__version__ = '(\d+)\.(\d+)", text)
         if match and (int(match[1]), int(match[2])) >= OLDEST:
-            has_cuda = re.search(r"^cuda: .* = '\d", text, re.MULTILINE) is not None
-            print(f"{path};{'ON' if has_cuda else 'OFF'}")
-            return 0
-    return 1
+            return path, re.search(r"^cuda: .* = '\d", text, re.MULTILINE) is not None
+    return None
+
+
+def main() -> int:
+    found = find()
+    if found is None:
+        return 1
+    print(f"{found[0]};{'ON' if found[1] else 'OFF'}")
+    return 0
 
 
 if __name__ == "__main__":

@@ -41,6 +41,7 @@ STABLE_TORCH_LIBRARY(longctx, m) {
          "Tensor block_indices, int block_size_q, int block_size_k, " +
              kAttentionOptions + ") -> (Tensor, Tensor)");
   define(m, "build_info() -> str");
+  define(m, "cuda_build_info() -> str");
   define(m, "merge_states(Tensor out, Tensor lse, Tensor? lse_override=None) -> (Tensor, Tensor)");
   define(m,
          "select_blocks(Tensor scores, str method=\"top_k\", float value=0.0, "

@@ -2,9 +2,11 @@
 #include <torch/csrc/stable/accelerator.h>
 
 #include <mutex>
+#include <sstream>
 #include <stdexcept>
 #include <string>
 
+#include "cuda/instances.h"
 #include "cuda/kernels.h"
 #include "cuda/runtime.h"
 #include "ops/merge_states.h"
@@ -76,8 +78,29 @@ struct OnDevice<op> {
   }
 };
 
+// JSON: how this library was compiled, and what its instances ask of shared memory, by
+// kernel/family/dtype/head_dim.
+std::string build_info() {
+  std::ostringstream json;
+  json << "{\"nvcc\": \"" << LONGCTX_NVCC_VERSION << "\", \"architectures\": \""
+       << LONGCTX_CUDA_ARCHITECTURES << "\", \"cutlass\": \"" << LONGCTX_CUTLASS_VERSION
+       << "\", \"shared_bytes\": {";
+  const char* separator = "";
+  for (const cuda::Instance& instance : cuda::instances()) {
+    json << separator << "\"" << instance.kernel << "/" << instance.family << "/" << instance.dtype
+         << "/" << instance.head_dim << "\": " << instance.shared_bytes;
+    separator = ", ";
+  }
+  json << "}}";
+  return json.str();
+}
+
 }  // namespace
 }  // namespace longctx
+
+STABLE_TORCH_LIBRARY_IMPL(longctx, CompositeExplicitAutograd, m) {
+  m.impl("cuda_build_info", TORCH_BOX(&longctx::build_info));
+}
 
 STABLE_TORCH_LIBRARY_IMPL(longctx, CUDA, m) {
   using namespace longctx;

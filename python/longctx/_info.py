@@ -28,11 +28,16 @@ def info() -> dict[str, Any]:
         "torch": torch.__version__,
         "num_threads": torch.get_num_threads(),
         "build": json.loads(torch.ops.longctx.build_info()),
+        "cuda_build": json.loads(torch.ops.longctx.cuda_build_info()) if _has_cuda() else None,
         "host": _host_info(),
         "libraries": {name: os.path.getsize(path) for name, path in _library.loaded().items()},
-        "devices": ["cpu", *(["cuda"] if "liblongctx_cuda.so" in _library.loaded() else [])],
+        "devices": ["cpu", *(["cuda"] if _has_cuda() else [])],
         "ops": sorted(ops.__all__),
     }
+
+
+def _has_cuda() -> bool:
+    return "liblongctx_cuda.so" in _library.loaded()
 
 
 def _host_info() -> dict[str, Any]:
