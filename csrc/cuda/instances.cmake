@@ -4,7 +4,8 @@
 # Launchers, run_<op>_cuda(), and the kernels that need no instances.
 set(LONGCTX_CUDA_SOURCES
   csrc/cuda/instances.cpp
-  csrc/cuda/merge_states.cu)
+  csrc/cuda/merge_states.cu
+  csrc/cuda/schedule.cu)
 list(TRANSFORM LONGCTX_CUDA_SOURCES PREPEND ${CMAKE_SOURCE_DIR}/)
 
 # longctx_cuda_kernel(<kernel> <family> "<arguments>" DTYPES <dtype>... HEAD_DIMS <n>...)
