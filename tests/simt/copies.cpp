@@ -10,7 +10,10 @@ namespace simt {
 void CopyQueue::issue(void* shared, const void* global, int bytes) {
   const int64_t slot = issued_++ % kSlots;
   tsan::release(&issued_order_[slot]);
-  copies_.push_back({shared, global, bytes, groups_, slot});
+  {
+    const tsan::Visit visit(maker_);
+    copies_.push_back({shared, global, bytes, groups_, slot});
+  }
   // A bad address is reported best while its line is on the stack.
   const bool bad = __asan_region_is_poisoned && bytes > 0 &&
                    __asan_region_is_poisoned(const_cast<void*>(global), static_cast<size_t>(bytes));
@@ -18,8 +21,7 @@ void CopyQueue::issue(void* shared, const void* global, int bytes) {
 }
 
 void CopyQueue::land(size_t copies) {
-  void* const thread = tsan::current();
-  context_.enter();
+  const tsan::Visit visit(copier_.thread());
   for (; copies > 0; --copies) {
     const Copy& copy = copies_[landed_++];
     tsan::acquire(&issued_order_[copy.slot]);
@@ -28,7 +30,6 @@ void CopyQueue::land(size_t copies) {
                 static_cast<size_t>(16 - copy.bytes));
     tsan::release(&landed_order_[copy.slot]);
   }
-  tsan::return_to(thread);
 }
 
 void CopyQueue::wait(int pending) {
@@ -38,6 +39,7 @@ void CopyQueue::wait(int pending) {
   const auto num_due = static_cast<size_t>(due - copies_.begin());
   if (num_due > landed_) land(num_due - landed_);
   for (auto copy = copies_.begin(); copy != due; ++copy) tsan::acquire(&landed_order_[copy->slot]);
+  const tsan::Visit visit(maker_);
   copies_.erase(copies_.begin(), due);
   landed_ -= num_due;
 }

@@ -1,7 +1,6 @@
 // The asynchronous copies of one thread, in order of issue: landed, then still under way.
 #pragma once
 #include <cstdint>
-#include <string>
 #include <vector>
 
 #include "fiber.h"
@@ -10,7 +9,9 @@ namespace simt {
 
 class CopyQueue {
  public:
-  explicit CopyQueue(const std::string& thread) : context_((thread + " async copies").c_str()) {}
+  // For ThreadSanitizer `copier` is a thread, which starts a copy after its issue. What has landed
+  // is ordered before the end of the wait and before nothing else. A warp shares a copier.
+  explicit CopyQueue(tsan::Context& copier) : copier_(copier), maker_(tsan::current()) {}
 
   void issue(void* shared, const void* global, int bytes);
   void commit() { ++groups_; }
@@ -27,9 +28,8 @@ class CopyQueue {
     int64_t group;
     int64_t slot;
   };
-  // For ThreadSanitizer the copies are another thread, which starts a copy after its issue. What
-  // has landed is ordered before the end of the wait, not before anything else.
-  tsan::Context context_;
+  tsan::Context& copier_;
+  void* maker_;  // whose memory the queue is
   uint64_t issued_order_[kSlots] = {};
   uint64_t landed_order_[kSlots] = {};
   std::vector<Copy> copies_;

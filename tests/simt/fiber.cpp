@@ -74,17 +74,16 @@ void give_stack(char* stack) {
 namespace tsan {
 Context::Context(const char* name) {
   if (!active()) return;
-  fiber_ = __tsan_create_fiber(0);
-  __tsan_set_fiber_name(fiber_, name);
+  thread_ = __tsan_create_fiber(0);
+  __tsan_set_fiber_name(thread_, name);
 }
 Context::~Context() {
-  if (fiber_ != nullptr) __tsan_destroy_fiber(fiber_);
+  if (thread_ != nullptr) __tsan_destroy_fiber(thread_);
 }
-void Context::enter() { return_to(fiber_); }
 void* current() { return active() ? __tsan_get_current_fiber() : nullptr; }
-void return_to(void* current) {
+void switch_to(void* thread) {
   constexpr unsigned kNoSync = 1;
-  if (active()) __tsan_switch_to_fiber(current, kNoSync);
+  if (active()) __tsan_switch_to_fiber(thread, kNoSync);
 }
 }  // namespace tsan
 
@@ -105,7 +104,7 @@ void Fiber::resume() {
     __sanitizer_start_switch_fiber(&fake_stack, stack_ + kPage, kStackBytes - kPage);
   }
   resumer_context_ = tsan::current();
-  context_.enter();
+  tsan::switch_to(context_.thread());
   longctx_simt_switch(&resumer_, stopped_at_);
   if (__sanitizer_finish_switch_fiber) {
     __sanitizer_finish_switch_fiber(fake_stack, nullptr, nullptr);
@@ -118,11 +117,16 @@ void Fiber::begin() {
   }
 }
 
+void Fiber::release(void* address) {
+  const tsan::Visit visit(context_.thread());
+  tsan::release(address);
+}
+
 void Fiber::leave(void** fake_stack) {
   if (__sanitizer_start_switch_fiber) {
     __sanitizer_start_switch_fiber(fake_stack, resumer_bottom_, resumer_size_);
   }
-  tsan::return_to(resumer_context_);
+  tsan::switch_to(resumer_context_);
   longctx_simt_switch(&stopped_at_, resumer_);
 }
 

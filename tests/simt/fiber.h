@@ -43,6 +43,9 @@ inline void ignore_end() {
   if (active()) __tsan_ignore_thread_end();
 }
 
+void* current();
+void switch_to(void* thread);  // accesses are that thread's from now on; orders nothing
+
 // One of the sanitizer's threads; it starts after everything that its maker has done.
 class Context {
  public:
@@ -50,12 +53,23 @@ class Context {
   ~Context();
   Context(const Context&) = delete;
   Context& operator=(const Context&) = delete;
-  void enter();  // from now on accesses are this context's; orders nothing
+  void* thread() const { return thread_; }
+
  private:
-  void* fiber_ = nullptr;
+  void* thread_ = nullptr;
 };
-void* current();
-void return_to(void* current);
+
+// Acts as another thread for a while.
+class Visit {
+ public:
+  explicit Visit(void* thread) : home_(current()) { switch_to(thread); }
+  ~Visit() { switch_to(home_); }
+  Visit(const Visit&) = delete;
+  Visit& operator=(const Visit&) = delete;
+
+ private:
+  void* home_;
+};
 }  // namespace tsan
 
 class Fiber {
@@ -67,10 +81,11 @@ class Fiber {
   Fiber(const Fiber&) = delete;
   Fiber& operator=(const Fiber&) = delete;
 
-  void resume();               // runs the fiber until it calls suspend() or finish()
-  void suspend();              // by the fiber: back to the caller of resume()
-  [[noreturn]] void finish();  // the same, for good
-  void begin();                // first call of entry()
+  void resume();                // runs the fiber until it calls suspend() or finish()
+  void suspend();               // by the fiber: back to the caller of resume()
+  [[noreturn]] void finish();   // the same, for good
+  void begin();                 // first call of entry()
+  void release(void* address);  // tsan::release() of all that the fiber has done
 
  private:
   void leave(void** fake_stack);

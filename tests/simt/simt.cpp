@@ -62,7 +62,8 @@ struct Warp {
 };
 
 struct CudaThread {
-  CudaThread(const std::string& name, void (*entry)()) : fiber(name.c_str(), entry), copies(name) {}
+  CudaThread(const char* name, void (*entry)(), tsan::Context& copier)
+      : fiber(name, entry), copies(copier) {}
   Fiber fiber;
   CopyQueue copies;
   const char* waits_in = nullptr;  // name of a barrier or collective
@@ -82,6 +83,9 @@ std::string thread_name(const Thread& first, int index) {
 
 std::string text(Where where) { return std::string(where.file) + ":" + std::to_string(where.line); }
 
+// Ends the running thread and with it the launch.
+[[noreturn]] void fail(const std::string& message) { throw std::runtime_error(message); }
+
 class Block {
  public:
   Block(const Thread& first, int64_t shared_bytes, uint64_t seed, const std::function<void()>& body,
@@ -90,8 +94,8 @@ class Block {
   Block(const Block&) = delete;
   Block& operator=(const Block&) = delete;
 
-  // Throws std::runtime_error. Afterwards only memory is left of the block, no fibers.
-  void run();
+  void run();           // throws std::runtime_error
+  void drop_threads();  // what is left of them
 
   // By the running thread:
   CudaThread& self() { return *threads_[running.index]; }
@@ -101,7 +105,6 @@ class Block {
   void leave_warp();
   void take_result(void* result, size_t bytes);
   void check_shared(const char* name, const void* shared, int bytes, Where where);
-  [[noreturn]] void fail(std::string message);
   void thread_main();
 
  private:
@@ -126,6 +129,7 @@ class Block {
   std::string failure_;
   Barrier barriers_[kNumBarriers];
   std::vector<Warp> warps_;
+  std::vector<std::unique_ptr<tsan::Context>> copiers_;  // one a warp
   std::vector<std::unique_ptr<CudaThread>> threads_;
 };
 
@@ -148,7 +152,11 @@ Block::Block(const Thread& first, int64_t shared_bytes, uint64_t seed,
   first_.shared_memory = shared_;
   const auto entry = [] { block->thread_main(); };
   for (int i = 0; i < first.num_threads; ++i) {
-    threads_.push_back(std::make_unique<CudaThread>(thread_name(first, i), entry));
+    const std::string name = thread_name(first, i);
+    if (i % kWarpSize == 0) {
+      copiers_.push_back(std::make_unique<tsan::Context>((name + "-: copies").c_str()));
+    }
+    threads_.push_back(std::make_unique<CudaThread>(name.c_str(), entry, *copiers_.back()));
   }
 }
 
@@ -173,19 +181,31 @@ void Block::run() {
     if (mode.landing == Landing::kRandom) land_some_copies();
   }
   block = nullptr;
+  if (failure_.empty()) return;
+  for (const auto& thread : threads_) thread->fiber.release(grid_order_);
+  tsan::acquire(grid_order_);
+  throw std::runtime_error(failure_);
+}
+
+void Block::drop_threads() {
   threads_.clear();
-  if (!failure_.empty()) throw std::runtime_error(failure_);
+  copiers_.clear();
 }
 
 void Block::thread_main() {
-  self().fiber.begin();
-  body_();
-  self().copies.wait(-1);
+  CudaThread& thread = self();
+  thread.fiber.begin();
+  try {
+    body_();
+    thread.copies.wait(-1);
+  } catch (const std::exception& error) {
+    failure_ = "thread " + std::to_string(running.index) + ": " + error.what();
+  }
   tsan::release(grid_order_);
-  self().returned = true;
+  thread.returned = true;
   make_waiting(running.index);
   --live_;
-  self().fiber.finish();
+  thread.fiber.finish();
 }
 
 // Who runs next; -1 if nobody can.
@@ -243,12 +263,6 @@ void Block::wait(const char* name, Where where) {
   make_waiting(running.index);
   thread.fiber.suspend();
   thread.waits_in = nullptr;
-}
-
-void Block::fail(std::string message) {
-  failure_ = "thread " + std::to_string(running.index) + ": " + message;
-  std::string().swap(message);  // this frame is never left
-  self().fiber.finish();
 }
 
 void Block::sync(const char* name, int id, int count, Where where) {
@@ -400,8 +414,12 @@ void run_grid(const char* op, unsigned grid_x, unsigned grid_y, int num_threads,
   }
 
   const auto grid_order = std::make_unique<uint64_t>(0);
-  // ThreadSanitizer would take memory that two blocks get in turn for a race between them.
+  // ThreadSanitizer would take memory that two blocks get in turn for a race between them, and
+  // overlook a race with a thread that is gone: blocks stay to the end, and the threads of some.
+  constexpr int kMaxFinishedThreads = 1024;
   std::vector<std::unique_ptr<Block>> finished;
+  int finished_threads = 0;
+  size_t dropped = 0;
   for (const int64_t index : order) {
     Thread first;
     first.num_threads = num_threads;
@@ -415,7 +433,12 @@ void run_grid(const char* op, unsigned grid_x, unsigned grid_y, int num_threads,
       fail("block (" + std::to_string(first.block_x) + ", " + std::to_string(first.block_y) +
            "): " + error.what());
     }
-    if (tsan::active()) finished.push_back(std::move(next));
+    if (!tsan::active()) continue;
+    finished.push_back(std::move(next));
+    finished_threads += num_threads;
+    for (; finished_threads > kMaxFinishedThreads; finished_threads -= num_threads) {
+      finished[dropped++]->drop_threads();
+    }
   }
   tsan::acquire(grid_order.get());
 }
@@ -435,9 +458,9 @@ void check_shared(const char* name, const void* shared, int bytes, Where where) 
 void issue_copy(void* shared, const void* global, int bytes, Where where) {
   block->check_shared("copy_async_16", shared, 16, where);
   if (reinterpret_cast<uintptr_t>(global) % 16 != 0 || bytes < 0 || bytes > 16) {
-    block->fail("copy_async_16 at " + text(where) + ": " + std::to_string(bytes) +
-                " bytes from a global address with remainder " +
-                std::to_string(reinterpret_cast<uintptr_t>(global) % 16) + " modulo 16");
+    fail("copy_async_16 at " + text(where) + ": " + std::to_string(bytes) +
+         " bytes from a global address with remainder " +
+         std::to_string(reinterpret_cast<uintptr_t>(global) % 16) + " modulo 16");
   }
   block->self().copies.issue(shared, global, bytes);
 }
