@@ -1,24 +1,12 @@
-// Which query rows and heads a block works on. A work item is a tile of query rows and those heads
-// of one kv head that visit the same keys; its keys may be split over several blocks.
+// Which query rows and heads a block works on.
 #pragma once
+#include "cuda/item_grid.h"
 #include "device/thread.cuh"
 #include "longctx/block_list.h"
 #include "longctx/params.h"
 #include "longctx/sequence.h"
 
 namespace longctx::cuda {
-
-// How the launcher cut the problem; from shapes and host scalars alone.
-struct ItemGrid {
-  int64_t block_rows = 0;        // query rows of an item; block_size_q with a block list
-  int64_t blocks_per_seq = 0;    // upper bound; packed: of all sequences together
-  int64_t heads_per_item = 1;    // divides the group
-  int64_t head_groups = 1;       // num_q_heads / heads_per_item
-  int64_t groups_at_a_time = 1;  // dense: head groups whose keys share the L2 cache
-  int64_t num_splits = 1;        // of the keys of an item
-  // Block list: its rows [pattern_batch * pattern_heads * num_q_blocks], longest first.
-  const int32_t* order = nullptr;
-};
 
 // Pair p of an item is row p % num_rows of head first_head + p / num_rows.
 struct Item {
@@ -35,13 +23,6 @@ struct Item {
   LONGCTX_DEVICE int64_t row(int pair) const { return row_begin + pair % num_rows; }
   LONGCTX_DEVICE int64_t head(int pair) const { return first_head + pair / num_rows; }
 };
-
-// Blocks that a launch needs.
-inline int64_t num_items(const AttentionParams& p, const BlockList* blocks, const ItemGrid& grid) {
-  const int64_t batch = p.seqs.cu_seqlens_q == nullptr ? p.seqs.batch : 1;
-  const int64_t rows = blocks == nullptr ? grid.blocks_per_seq : blocks->num_q_blocks;
-  return batch * rows * grid.head_groups * grid.num_splits;
-}
 
 // The sequence that owns query block `block` of a packed query axis; `block` becomes its number in
 // the sequence. An empty sequence when none owns it. A whole warp calls this.
@@ -79,39 +60,43 @@ LONGCTX_DEVICE void set_rows(const SequenceParams& seqs, int64_t batch_index, in
   item.num_rows = static_cast<int32_t>(clamp_index(left, 0, block_rows));
 }
 
-// Item `index` in the order of work: long ones first. A whole warp calls this.
+// Item `index` in the order of work: long ones first. A whole warp calls this. Counts fit 32 bits,
+// whose divisions cost a fraction of 64-bit ones.
 LONGCTX_DEVICE Item item_at(const AttentionParams& p, const BlockList* blocks, const ItemGrid& grid,
-                            int64_t index) {
+                            int64_t block) {
+  const auto count = [](int64_t value) { return static_cast<uint32_t>(value); };
+  uint32_t index = count(block);
   Item item;
-  item.split = index % grid.num_splits;
-  index /= grid.num_splits;
-  const int64_t batch = p.seqs.cu_seqlens_q == nullptr ? p.seqs.batch : 1;
-  int64_t batch_index, group, list_row;
+  item.split = index % count(grid.num_splits);
+  index /= count(grid.num_splits);
+  const uint32_t head_groups = count(grid.head_groups);
+  uint32_t batch_index, group, list_row;
   if (blocks == nullptr) {
     // Later rows see more. Sections of heads keep the keys of a moment within the L2 cache.
-    const int64_t maps = batch * grid.head_groups;
-    const int64_t section = index / (grid.groups_at_a_time * grid.blocks_per_seq);
-    const int64_t first_map = section * grid.groups_at_a_time;
-    const int64_t left = maps - first_map;
-    const int64_t width = left < grid.groups_at_a_time ? left : grid.groups_at_a_time;
-    const int64_t within = index - first_map * grid.blocks_per_seq;
-    list_row = grid.blocks_per_seq - 1 - within / width;
-    batch_index = (first_map + within % width) / grid.head_groups;
-    group = (first_map + within % width) % grid.head_groups;
+    const uint32_t rows = count(grid.blocks_per_seq), width = count(grid.groups_at_a_time);
+    const uint32_t first_map = index / (width * rows) * width;
+    const uint32_t left = count(p.seqs.batch) * head_groups - first_map;
+    const uint32_t maps = left < width ? left : width;
+    const uint32_t within = index - first_map * rows;
+    list_row = rows - 1 - within / maps;
+    batch_index = (first_map + within % maps) / head_groups;
+    group = (first_map + within % maps) % head_groups;
   } else {
-    const int64_t batches_per_row = batch / blocks->pattern_batch;
-    const int64_t groups_per_row = grid.head_groups / blocks->pattern_heads;
-    const int64_t sharing = index % (batches_per_row * groups_per_row);
-    const int64_t row = grid.order[index / (batches_per_row * groups_per_row)];
-    list_row = row % blocks->num_q_blocks;
-    const int64_t pattern = row / blocks->num_q_blocks;
-    batch_index = pattern / blocks->pattern_heads + sharing / groups_per_row;
-    group = pattern % blocks->pattern_heads * groups_per_row + sharing % groups_per_row;
+    // The batch entries and head groups that share a row of the list follow each other.
+    const uint32_t groups_per_row = head_groups / count(blocks->pattern_heads);
+    const uint32_t shares = count(p.seqs.batch / blocks->pattern_batch) * groups_per_row;
+    const uint32_t sharing = index % shares;
+    const uint32_t place = index / shares;
+    const uint32_t row = grid.order == nullptr ? place : count(grid.order[place]);
+    const uint32_t pattern = row / count(blocks->num_q_blocks);
+    list_row = row % count(blocks->num_q_blocks);
+    batch_index = pattern / count(blocks->pattern_heads) + sharing / groups_per_row;
+    group = pattern % count(blocks->pattern_heads) * groups_per_row + sharing % groups_per_row;
   }
   set_rows(p.seqs, batch_index, list_row, grid.block_rows, item);
   item.first_head = group * grid.heads_per_item;
   item.num_heads = static_cast<int32_t>(grid.heads_per_item);
-  item.kv_head = item.first_head * p.num_kv_heads / p.num_q_heads;
+  item.kv_head = count(item.first_head) / count(p.num_q_heads / p.num_kv_heads);
   return item;
 }
 

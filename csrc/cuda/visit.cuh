@@ -27,13 +27,38 @@ LONGCTX_DEVICE RowMask32 row_mask32(const MaskParams& mask, const Sequence& seq,
           {narrow_interval(wide.ranges[0]), narrow_interval(wide.ranges[1])}};
 }
 
-// The masks of an item's rows, and what all and what any of them see.
+// The largest value of the warp's lanes.
+LONGCTX_DEVICE int32_t warp_max(int32_t value) {
+  for (int mask = device::kWarpSize / 2; mask > 0; mask /= 2) {
+    const int32_t other = device::shuffle_xor(value, mask);
+    if (other > value) value = other;
+  }
+  return value;
+}
+
+// Where KeyTiles finds the keys of an item. In shared memory: a kernel has no registers to spare
+// for what changes once per item.
+struct KeyPlan {
+  Interval32 runs[4];      // dense: tiles that hold the visible pieces; ascending, disjoint
+  const int32_t* entries;  // block list: [num_entries], of one row
+  int32_t num_entries;
+  int32_t num_tiles;               // through the end of this split
+  int32_t block_shift;             // log2(block_size_k)
+  int32_t entries_per_tile_shift;  // log2 of the entries side by side in a tile
+  int32_t tiles_per_entry_shift;   // log2 of the tiles that an entry fills
+  int32_t k_len;
+};
+
+// The masks of an item's rows, and what all and what any of them see. In shared memory.
 template <int kMaxRows>
 struct ItemMask {
   RowMask32 rows[kMaxRows];  // of query rows, not of (row, head) pairs
   RowMask32 common;          // every row sees this much
   RowMask32 hull;            // no row sees more
-  Interval32 visible[4];     // the union of the hulls: ascending, disjoint, maybe empty ones last
+  Interval32 visible[4];     // the union of the hulls: ascending, disjoint, some empty
+  KeyPlan plan;
+  int32_t num_rows;
+  bool has_ranges;
 
   // Conservative, as RowMask::visibility().
   LONGCTX_DEVICE Visibility visibility(int32_t lo, int32_t hi) const {
@@ -46,27 +71,39 @@ struct ItemMask {
     for (int row = device::thread_index(); row < item.num_rows; row += device::num_threads()) {
       rows[row] = row_mask32(mask, item.seq, item.row_begin + row);
     }
+    if (device::thread_index() != 0) return;
+    num_rows = item.num_rows;
+    has_ranges = mask.key_ranges != nullptr;
   }
 
   // One warp calls this after the barrier.
-  LONGCTX_DEVICE void init_extents(int num_rows) {
+  LONGCTX_DEVICE void init_extents() {
     RowMask32 all, any;
-    reduce(num_rows, [](const RowMask32& row) { return row.window; }, all.window, any.window);
-    reduce(num_rows, [](const RowMask32& row) { return row.sinks; }, all.sinks, any.sinks);
-    reduce(
-        num_rows, [](const RowMask32& row) { return row.ranges[0]; }, all.ranges[0], any.ranges[0]);
-    reduce(
-        num_rows, [](const RowMask32& row) { return row.ranges[1]; }, all.ranges[1], any.ranges[1]);
+    if (!has_ranges) {
+      // Without ranges a mask only moves on with its row: the outer rows tell the extents.
+      const RowMask32 low = rows[0], high = rows[num_rows - 1];
+      all = {{high.window.begin, low.window.end}, low.sinks, {low.ranges[0], {}}};
+      any = {{low.window.begin, high.window.end}, high.sinks, {low.ranges[0], {}}};
+    } else {
+      reduce([](const RowMask32& row) { return row.window; }, all.window, any.window);
+      reduce([](const RowMask32& row) { return row.sinks; }, all.sinks, any.sinks);
+      reduce([](const RowMask32& row) { return row.ranges[0]; }, all.ranges[0], any.ranges[0]);
+      reduce([](const RowMask32& row) { return row.ranges[1]; }, all.ranges[1], any.ranges[1]);
+    }
+    Interval32 pieces[4];
+    join_hulls(any, pieces);
+    device::sync_warp();
     if (device::lane_index() == 0) {
       common = all;
       hull = any;
-      set_visible(any);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) visible[i] = pieces[i];
     }
     device::sync_warp();
   }
 
   // Whether a row of the item sees `key`.
-  LONGCTX_DEVICE bool any_row_sees(int num_rows, int32_t key) const {
+  LONGCTX_DEVICE bool any_row_sees(int32_t key) const {
     for (int row = 0; row < num_rows; ++row) {
       if (rows[row].visible(key)) return true;
     }
@@ -75,7 +112,7 @@ struct ItemMask {
 
  private:
   template <class Part>
-  LONGCTX_DEVICE void reduce(int num_rows, const Part& part, Interval32& all, Interval32& any) {
+  LONGCTX_DEVICE void reduce(const Part& part, Interval32& all, Interval32& any) const {
     constexpr int32_t kFar = static_cast<int32_t>(kMaxSeqlenK);
     Interval32 meet{-kFar, kFar}, join{kFar, -kFar};
     for (int row = device::lane_index(); row < num_rows; row += device::kWarpSize) {
@@ -86,46 +123,37 @@ struct ItemMask {
       if (own.begin < join.begin) join.begin = own.begin;
       if (own.end > join.end) join.end = own.end;
     }
-    for (int mask = device::kWarpSize / 2; mask > 0; mask /= 2) {
-      const auto most = [mask](int32_t& mine) {
-        const int32_t other = device::shuffle_xor(mine, mask);
-        if (other > mine) mine = other;
-      };
-      const auto least = [mask](int32_t& mine) {
-        const int32_t other = device::shuffle_xor(mine, mask);
-        if (other < mine) mine = other;
-      };
-      most(meet.begin);
-      least(meet.end);
-      least(join.begin);
-      most(join.end);
-    }
-    all = meet;
-    any = join.begin < join.end ? join : Interval32{};
+    all = {warp_max(meet.begin), -warp_max(-meet.end)};
+    any = {-warp_max(-join.begin), warp_max(join.end)};
+    if (any.begin >= any.end) any = {};
   }
 
-  // (window or sinks) and (range 0 or range 1) of the hulls, sorted and joined.
-  LONGCTX_DEVICE void set_visible(const RowMask32& any) {
+  // (window or sinks) and (range 0 or range 1) of the hulls, sorted and joined where they touch.
+  LONGCTX_DEVICE static void join_hulls(const RowMask32& any, Interval32 (&pieces)[4]) {
+    constexpr int32_t kFar = static_cast<int32_t>(kMaxSeqlenK);
     const Interval32 structure[2] = {any.window, any.sinks};
-    int count = 0;
+#pragma unroll
     for (int i = 0; i < 4; ++i) {
       const Interval32 &a = structure[i / 2], &b = any.ranges[i % 2];
-      Interval32 piece{a.begin > b.begin ? a.begin : b.begin, a.end < b.end ? a.end : b.end};
-      if (piece.begin >= piece.end) continue;
-      int at = count;  // insertion sort, joining what touches
-      for (; at > 0 && visible[at - 1].begin > piece.begin; --at) visible[at] = visible[at - 1];
-      visible[at] = piece;
-      ++count;
+      pieces[i] = {a.begin > b.begin ? a.begin : b.begin, a.end < b.end ? a.end : b.end};
+      if (pieces[i].begin >= pieces[i].end) pieces[i] = {kFar, kFar};  // empty: sorts behind
     }
-    int kept = 0;
-    for (int i = 1; i < count; ++i) {
-      if (visible[i].begin <= visible[kept].end) {
-        if (visible[i].end > visible[kept].end) visible[kept].end = visible[i].end;
-      } else {
-        visible[++kept] = visible[i];
-      }
+    constexpr int kNetwork[5][2] = {{0, 1}, {2, 3}, {0, 2}, {1, 3}, {1, 2}};
+#pragma unroll
+    for (int i = 0; i < 5; ++i) {
+      Interval32 &low = pieces[kNetwork[i][0]], &high = pieces[kNetwork[i][1]];
+      if (low.begin <= high.begin) continue;
+      const Interval32 other = low;
+      low = high;
+      high = other;
     }
-    for (int i = count == 0 ? 0 : kept + 1; i < 4; ++i) visible[i] = {};
+#pragma unroll
+    for (int i = 1; i < 4; ++i) {
+      if (pieces[i].begin > pieces[i - 1].end || pieces[i].begin == kFar) continue;
+      pieces[i].begin = pieces[i - 1].begin;
+      if (pieces[i].end < pieces[i - 1].end) pieces[i].end = pieces[i - 1].end;
+      pieces[i - 1].end = pieces[i - 1].begin;
+    }
   }
 };
 
@@ -147,105 +175,123 @@ struct KeyTile {
 template <int kTileKeys, int kMaxRows>
 class KeyTiles {
  public:
-  LONGCTX_DEVICE KeyTiles(const MaskParams& params, const BlockList* blocks, BlockRow row,
-                          const Item& item, int64_t num_splits, const ItemMask<kMaxRows>& mask)
-      : mask_(mask),
-        row_(row),
-        k_len_(static_cast<int32_t>(item.seq.k_len)),
-        num_rows_(item.num_rows),
-        has_ranges_(params.key_ranges != nullptr),
-        listed_(blocks != nullptr) {
-    if (blocks != nullptr) {
-      block_size_ = static_cast<int32_t>(blocks->block_size_k);
-      entries_per_tile_ = block_size_ < kTileKeys ? kTileKeys / block_size_ : 1;
-      tiles_per_entry_ = block_size_ > kTileKeys ? block_size_ / kTileKeys : 1;
-    }
-    const int64_t tiles = blocks == nullptr ? set_runs() : list_tiles();
-    tile_ = tiles * item.split / num_splits;
-    end_ = tiles * (item.split + 1) / num_splits;
-    if (blocks != nullptr) skip_entries(tile_ / tiles_per_entry_ * entries_per_tile_);
+  // `row` is the item's row of `blocks`, if there are any. The mask has its extents.
+  LONGCTX_DEVICE KeyTiles(const BlockList* blocks, BlockRow row, const Item& item,
+                          int64_t num_splits, ItemMask<kMaxRows>& mask)
+      : mask_(mask), listed_(blocks != nullptr) {
+    KeyPlan plan;
+    plan.k_len = static_cast<int32_t>(item.seq.k_len);
+    plan.entries = row.begin;
+    plan.num_entries = static_cast<int32_t>(clamp_index(row.end - row.begin, 0, kMaxSeqlenK));
+    plan.block_shift = listed_ ? log2_of(static_cast<int32_t>(blocks->block_size_k)) : kTileShift;
+    plan.entries_per_tile_shift = plan.block_shift < kTileShift ? kTileShift - plan.block_shift : 0;
+    plan.tiles_per_entry_shift = plan.block_shift > kTileShift ? plan.block_shift - kTileShift : 0;
+    const int32_t num_runs = set_runs(plan);
+    const int32_t slack = (1 << plan.entries_per_tile_shift) - 1;
+    const int64_t num_tiles =
+        listed_ ? static_cast<int64_t>((plan.num_entries + slack) >> plan.entries_per_tile_shift)
+                      << plan.tiles_per_entry_shift
+                : num_runs;
+    tile_ = static_cast<int32_t>(num_tiles * item.split / num_splits);
+    plan.num_tiles = static_cast<int32_t>(num_tiles * (item.split + 1) / num_splits);
+    device::sync_warp();
+    if (device::lane_index() == 0) mask.plan = plan;
+    device::sync_warp();
+    if (!listed_) return;
+    skip_entries((tile_ >> plan.tiles_per_entry_shift) << plan.entries_per_tile_shift);
+    fetch_entries();
   }
 
   // Fills `tile` with the next one that a row sees; visibility kNone when none is left. The other
   // warps see it after a barrier.
   LONGCTX_DEVICE void next(KeyTile<kTileKeys>& tile) {
     Visibility visibility = Visibility::kNone;
-    while (tile_ < end_ && visibility == Visibility::kNone) {
+    while (tile_ < mask_.plan.num_tiles && visibility == Visibility::kNone) {
       visibility = listed_ ? load_entries(tile) : load_run(tile);
       ++tile_;
+      if (listed_) fetch_entries();
     }
     if (device::lane_index() == 0) tile.visibility = static_cast<int>(visibility);
   }
 
  private:
+  static constexpr int log2_of(int value) { return value <= 1 ? 0 : 1 + log2_of(value / 2); }
   static constexpr int kSlots = kTileKeys / device::kWarpSize;  // of a lane
+  static constexpr int kTileShift = log2_of(kTileKeys);
 
-  // The visible pieces as runs of tiles, and their number.
-  LONGCTX_DEVICE int64_t set_runs() {
-    int64_t count = 0;
-    int32_t last = 0;
+  LONGCTX_DEVICE int slot(int i) const { return i * device::kWarpSize + device::lane_index(); }
+
+  // The visible pieces as runs of tiles, and the number of those.
+  LONGCTX_DEVICE int32_t set_runs(KeyPlan& plan) const {
+    int32_t count = 0, last = 0;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const Interval32 piece = mask_.visible[i];
-      const int32_t first = piece.begin / kTileKeys;
-      runs_[i] = {first > last ? first : last, (piece.end + kTileKeys - 1) / kTileKeys};
-      if (piece.begin >= piece.end || runs_[i].begin > runs_[i].end) runs_[i] = {last, last};
-      last = runs_[i].end;
-      count += runs_[i].end - runs_[i].begin;
+      Interval32 run{piece.begin >> kTileShift, (piece.end + kTileKeys - 1) >> kTileShift};
+      if (run.begin < last) run.begin = last;  // one tile may hold the end of a piece and the next
+      if (piece.begin >= piece.end || run.begin > run.end) run = {last, last};
+      plan.runs[i] = run;
+      last = run.end;
+      count += run.end - run.begin;
     }
     return count;
   }
 
-  LONGCTX_DEVICE int64_t list_tiles() const {
-    const int64_t entries = row_.end - row_.begin;
-    return (entries + entries_per_tile_ - 1) / entries_per_tile_ * tiles_per_entry_;
-  }
-
   LONGCTX_DEVICE bool in_sequence(int32_t entry) const {
-    return entry >= 0 && static_cast<int64_t>(entry) * block_size_ < k_len_;
+    return entry >= 0 && (static_cast<int64_t>(entry) << mask_.plan.block_shift) < mask_.plan.k_len;
   }
 
   // An entry counts only if it is larger than all before it: those of earlier splits as well.
-  LONGCTX_DEVICE void skip_entries(int64_t count) {
-    const int64_t entries = row_.end - row_.begin;
-    for (int64_t i = device::lane_index(); i < count && i < entries; i += device::kWarpSize) {
-      const int32_t entry = row_.begin[i];
+  LONGCTX_DEVICE void skip_entries(int32_t count) {
+    if (count > mask_.plan.num_entries) count = mask_.plan.num_entries;
+    for (int32_t i = device::lane_index(); i < count; i += device::kWarpSize) {
+      const int32_t entry = mask_.plan.entries[i];
       if (in_sequence(entry) && entry > last_entry_) last_entry_ = entry;
     }
-    for (int mask = device::kWarpSize / 2; mask > 0; mask /= 2) {
-      const int32_t other = device::shuffle_xor(last_entry_, mask);
-      if (other > last_entry_) last_entry_ = other;
+    last_entry_ = warp_max(last_entry_);
+  }
+
+  // Starts to load the entries of tile_, so that they are there when it is asked for.
+  LONGCTX_DEVICE void fetch_entries() {
+    const KeyPlan& plan = mask_.plan;
+    const int32_t first = (tile_ >> plan.tiles_per_entry_shift) << plan.entries_per_tile_shift;
+#pragma unroll
+    for (int i = 0; i < kSlots; ++i) {
+      const bool listed =
+          slot(i) >> plan.entries_per_tile_shift == 0 && first + slot(i) < plan.num_entries;
+      upcoming_[i] = listed ? plan.entries[first + slot(i)] : -1;
     }
   }
 
-  LONGCTX_DEVICE Visibility load_run(KeyTile<kTileKeys>& tile) {
-    int64_t index = tile_;
-    int32_t number = 0;
+  LONGCTX_DEVICE Visibility load_run(KeyTile<kTileKeys>& tile) const {
+    int32_t index = tile_, number = 0;
     bool found = false;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const int32_t length = runs_[i].end - runs_[i].begin;
+      const Interval32 run = mask_.plan.runs[i];
+      const int32_t length = run.end - run.begin;
       if (!found && index < length) {
-        number = runs_[i].begin + static_cast<int32_t>(index);
+        number = run.begin + index;
         found = true;
       }
       index -= length;
     }
-    return load_consecutive(number * kTileKeys, tile);
+    return load_consecutive(number << kTileShift, tile);
   }
 
   // The keys [first, first + kTileKeys), as far as the sequence has them.
-  LONGCTX_DEVICE Visibility load_consecutive(int32_t first, KeyTile<kTileKeys>& tile) {
-    const int32_t end = first + kTileKeys < k_len_ ? first + kTileKeys : k_len_;
+  LONGCTX_DEVICE Visibility load_consecutive(int32_t first, KeyTile<kTileKeys>& tile) const {
+    const int32_t left = mask_.plan.k_len - first;
+    const int32_t end = first + (left < kTileKeys ? left : kTileKeys);
     const Visibility visibility = mask_.visibility(first, end);
     if (visibility == Visibility::kNone) return visibility;
-    const bool full = visibility == Visibility::kFull && end - first == kTileKeys;
-    bool any = false;
+    const bool full = visibility == Visibility::kFull && left >= kTileKeys;
+    bool any = full;
+#pragma unroll
     for (int i = 0; i < kSlots; ++i) {
-      const int slot = i * device::kWarpSize + device::lane_index();
-      const int32_t position = first + slot;
+      const int32_t position = first + slot(i);
       const bool live = full || (position < end && lives(position));
-      tile.positions[slot] = live ? position : ~position;
+      tile.positions[slot(i)] = live ? position : ~position;
       any |= live;
     }
     if (device::ballot(any) == 0) return Visibility::kNone;
@@ -253,67 +299,59 @@ class KeyTiles {
   }
 
   LONGCTX_DEVICE Visibility load_entries(KeyTile<kTileKeys>& tile) {
-    if (entries_per_tile_ > 1) return gather_entries(tile);
-    const int64_t part = tile_ % tiles_per_entry_;
-    const int32_t entry = row_.begin[tile_ / tiles_per_entry_];
-    const bool new_entry = entry > last_entry_ && in_sequence(entry);
+    const KeyPlan& plan = mask_.plan;
+    if (plan.entries_per_tile_shift > 0) return gather_entries(tile);
+    const int32_t part = tile_ & ((1 << plan.tiles_per_entry_shift) - 1);
+    const int32_t entry = device::shuffle(upcoming_[0], 0);
     // The parts of an entry follow each other: only its first one decides whether it counts.
     if (part == 0 || !started_) {
       started_ = true;
-      counts_ = new_entry;
-      if (new_entry) last_entry_ = entry;
+      counts_ = entry > last_entry_ && in_sequence(entry);
+      if (counts_) last_entry_ = entry;
     }
-    const int64_t first = static_cast<int64_t>(entry) * block_size_ + part * kTileKeys;
-    if (!counts_ || first >= k_len_) return Visibility::kNone;
-    return load_consecutive(static_cast<int32_t>(first), tile);
+    if (!counts_) return Visibility::kNone;
+    const int32_t first = (entry << plan.block_shift) + (part << kTileShift);
+    return first < plan.k_len ? load_consecutive(first, tile) : Visibility::kNone;
   }
 
   // kTileKeys / block_size_k entries side by side; one that does not count leaves dead slots.
   LONGCTX_DEVICE Visibility gather_entries(KeyTile<kTileKeys>& tile) {
-    static_assert(kTileKeys <= 128, "entries of 8 keys and more fit the lanes of a warp");
+    static_assert(kTileKeys <= 256, "entries of 8 keys and more fit the lanes of a warp");
+    const int32_t shift = mask_.plan.block_shift, k_len = mask_.plan.k_len;
     int32_t positions[kSlots];
-    int32_t entry = -1;
+    int32_t entry = accept_entry(upcoming_[0]);
     int32_t lowest = static_cast<int32_t>(kMaxSeqlenK), highest = -1;
+#pragma unroll
     for (int i = 0; i < kSlots; ++i) {
-      const int slot = i * device::kWarpSize + device::lane_index();
-      if (block_size_ == 1 || i == 0) entry = accept_entry(i * device::kWarpSize);
+      if (shift == 0 && i > 0) entry = accept_entry(upcoming_[i]);
       const int32_t own =
-          block_size_ == 1 ? entry : device::shuffle(entry, slot / block_size_ % 32);
-      const int32_t position = own * block_size_ + slot % block_size_;
-      positions[i] = own >= 0 && position < k_len_ ? position : -1;
+          shift == 0 ? entry : device::shuffle(entry, slot(i) >> shift & (device::kWarpSize - 1));
+      const int32_t position = (own << shift) + (slot(i) & ((1 << shift) - 1));
+      positions[i] = own >= 0 && position < k_len ? position : -1;
       if (positions[i] < 0) continue;
       if (position < lowest) lowest = position;
       if (position > highest) highest = position;
     }
-    for (int mask = device::kWarpSize / 2; mask > 0; mask /= 2) {
-      const int32_t low = device::shuffle_xor(lowest, mask);
-      const int32_t high = device::shuffle_xor(highest, mask);
-      if (low < lowest) lowest = low;
-      if (high > highest) highest = high;
-    }
+    lowest = -warp_max(-lowest);
+    highest = warp_max(highest);
     if (highest < 0) return Visibility::kNone;
     const Visibility visibility = mask_.visibility(lowest, highest + 1);
     if (visibility == Visibility::kNone) return visibility;
-    bool any = false, all = true;
+    bool any = false, all = visibility == Visibility::kFull;
+#pragma unroll
     for (int i = 0; i < kSlots; ++i) {
-      const bool live =
-          positions[i] >= 0 && (visibility == Visibility::kFull || lives(positions[i]));
-      const int32_t dead = positions[i] >= 0 ? ~positions[i] : -1;
-      tile.positions[i * device::kWarpSize + device::lane_index()] = live ? positions[i] : dead;
+      const int32_t position = positions[i];
+      const bool live = position >= 0 && (visibility == Visibility::kFull || lives(position));
+      tile.positions[slot(i)] = live || position < 0 ? position : ~position;
       any |= live;
       all &= live;
     }
     if (device::ballot(any) == 0) return Visibility::kNone;
-    const bool full = device::ballot(!all) == 0 && visibility == Visibility::kFull;
-    return full ? Visibility::kFull : Visibility::kPartial;
+    return device::ballot(!all) == 0 ? Visibility::kFull : Visibility::kPartial;
   }
 
-  // Entry `first` + lane of the tile, or -1 where there is none or it does not count.
-  LONGCTX_DEVICE int32_t accept_entry(int first) {
-    const int in_tile = first + device::lane_index();
-    const int64_t index = tile_ * entries_per_tile_ + in_tile;
-    const bool listed = in_tile < entries_per_tile_ && index < row_.end - row_.begin;
-    int32_t entry = listed ? row_.begin[index] : -1;
+  // `entry` of each lane if it counts, else -1.
+  LONGCTX_DEVICE int32_t accept_entry(int32_t entry) {
     if (!in_sequence(entry)) entry = -1;
     int32_t largest = entry;  // of the entries up to this lane's
     for (int delta = 1; delta < device::kWarpSize; delta *= 2) {
@@ -330,19 +368,16 @@ class KeyTiles {
   // Whether some row sees the key. Without key ranges the pieces are exact.
   LONGCTX_DEVICE bool lives(int32_t position) const {
     bool inside = false;
+#pragma unroll
     for (int i = 0; i < 4; ++i) inside |= mask_.visible[i].contains(position);
-    return inside && (!has_ranges_ || mask_.any_row_sees(num_rows_, position));
+    return inside && (!mask_.has_ranges || mask_.any_row_sees(position));
   }
 
-  const ItemMask<kMaxRows>& mask_;
-  BlockRow row_;
-  Interval32 runs_[4];
-  int64_t tile_ = 0, end_ = 0;
+  ItemMask<kMaxRows>& mask_;
+  int32_t tile_ = 0;
   int32_t last_entry_ = -1;
-  int32_t block_size_ = kTileKeys, entries_per_tile_ = 1, tiles_per_entry_ = 1;
-  int32_t k_len_;
-  int num_rows_;
-  bool has_ranges_, listed_;
+  int32_t upcoming_[kSlots];  // entries of tile_, slot by slot; with large blocks lane 0 holds it
+  bool listed_;
   bool started_ = false, counts_ = false;
 };
 
