@@ -11,9 +11,18 @@ HEADERS = sorted((ROOT / "csrc" / "device").glob("*.cuh"))
 
 def words_of(header: Path) -> set[str]:
     """Names of the functions that kernels may call: not those of the emulation, nor of `detail`."""
-    text = re.sub(r"^#else\n.*?^#endif  // LONGCTX_SIMT$", "", header.read_text(), flags=re.DOTALL | re.MULTILINE)
-    text = re.sub(r"^namespace detail \{.*?^\}  // namespace detail$", "", text, flags=re.DOTALL | re.MULTILINE)
-    return set(re.findall(r"^LONGCTX_DEVICE [\w:<> ]+[ *](\w+)\(", text, flags=re.MULTILINE))
+    emulation = detail = False
+    words = set()
+    for line in header.read_text().splitlines():
+        if line.startswith(("#ifndef LONGCTX_SIMT", "#endif")):
+            emulation = False
+        elif line in ("#else", "#ifdef LONGCTX_SIMT"):
+            emulation = not emulation
+        elif "namespace detail" in line:
+            detail = not line.startswith("}")
+        elif not emulation and not detail and (match := re.match(r"LONGCTX_DEVICE [\w:<> ]+[ *](\w+)\(", line)):
+            words.add(match[1])
+    return words
 
 
 def recorded_words() -> set[str]:
