@@ -49,27 +49,26 @@ longctx_cuda_instances(cuda ${LONGCTX_CUDA_INSTANCES} ${families})
 add_library(longctx_cuda_flags INTERFACE)
 target_include_directories(longctx_cuda_flags INTERFACE
   ${CMAKE_SOURCE_DIR}/include ${CMAKE_SOURCE_DIR}/csrc)
-# `ptxas -v` says what each kernel spills; build_tools/compile_cuda.sh keeps it beside the object.
 set(cuda_options --expt-relaxed-constexpr -Xptxas=-v
-  -Xcompiler=-Wall,-Wextra,-ffile-prefix-map=${CMAKE_SOURCE_DIR}/=,-ffile-prefix-map=${CMAKE_BINARY_DIR}/=)
+  -Xcompiler=-Wall,-Wextra -ffile-prefix-map=${CMAKE_SOURCE_DIR}/=)
 if(LONGCTX_WERROR)
   list(APPEND cuda_options -Werror=all-warnings)
 endif()
 target_compile_options(longctx_cuda_flags INTERFACE
   "$<$<COMPILE_LANGUAGE:CUDA>:${cuda_options}>")
-set(cuda_launcher sh ${CMAKE_SOURCE_DIR}/build_tools/compile_cuda.sh ${CMAKE_CUDA_COMPILER_LAUNCHER})
+# `ptxas -v` says what each kernel spills; the launcher keeps it beside the object.
+set(CMAKE_CUDA_COMPILER_LAUNCHER
+  sh ${CMAKE_SOURCE_DIR}/build_tools/compile_cuda.sh ${CMAKE_CUDA_COMPILER_LAUNCHER})
 
 add_library(longctx_cuda_sm80 OBJECT ${LONGCTX_CUDA_SOURCES} ${cuda_TABLE} ${cuda_SM80})
 target_link_libraries(longctx_cuda_sm80 PRIVATE longctx_cuda_flags CUDA::toolkit)
-set_target_properties(longctx_cuda_sm80 PROPERTIES CUDA_COMPILER_LAUNCHER "${cuda_launcher}")
 set(objects $<TARGET_OBJECTS:longctx_cuda_sm80>)
 
 if(cuda_SM90)
   add_library(longctx_cuda_sm90 OBJECT ${cuda_SM90})
   target_link_libraries(longctx_cuda_sm90 PRIVATE longctx_cuda_flags)
   target_include_directories(longctx_cuda_sm90 SYSTEM PRIVATE ${cutlass_dir})
-  set_target_properties(longctx_cuda_sm90 PROPERTIES
-    CUDA_ARCHITECTURES 90a-real CUDA_COMPILER_LAUNCHER "${cuda_launcher}")
+  set_target_properties(longctx_cuda_sm90 PROPERTIES CUDA_ARCHITECTURES 90a-real)
   list(APPEND objects $<TARGET_OBJECTS:longctx_cuda_sm90>)
 endif()
 
