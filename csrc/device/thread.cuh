@@ -139,6 +139,7 @@ LONGCTX_DEVICE void atomic_add_shared(int64_t* target, int64_t value) {
 }
 
 LONGCTX_DEVICE int count_bits(uint32_t bits) { return __builtin_popcount(bits); }
+LONGCTX_DEVICE int lowest_bit(uint32_t bits) { return __builtin_ffs(static_cast<int>(bits)) - 1; }
 
 LONGCTX_DEVICE float exp2_fast(float x) {
   const float result = exp2f(x);
