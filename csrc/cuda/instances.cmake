@@ -3,6 +3,9 @@
 
 # Launchers, run_<op>_cuda(), and the kernels that need no instances.
 set(LONGCTX_CUDA_SOURCES
+  csrc/cuda/antidiagonal_scores.cu
+  csrc/cuda/attention_mass.cu
+  csrc/cuda/block_scores.cu
   csrc/cuda/instances.cpp
   csrc/cuda/merge_states.cu
   csrc/cuda/schedule.cu)

@@ -9,6 +9,8 @@
 #include "cuda/instances.h"
 #include "cuda/kernels.h"
 #include "cuda/runtime.h"
+#include "ops/attention_mass.h"
+#include "ops/block_scores.h"
 #include "ops/merge_states.h"
 
 // Only a CUDA torch defines this. Weak, so that the library also loads beside a CPU-only torch.
@@ -104,5 +106,8 @@ STABLE_TORCH_LIBRARY_IMPL(longctx, CompositeExplicitAutograd, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(longctx, CUDA, m) {
   using namespace longctx;
+  m.impl("attention_mass",
+         TORCH_BOX(&OnDevice<&attention_mass<cuda::run_attention_mass_cuda>>::run));
+  m.impl("block_scores", TORCH_BOX(&OnDevice<&block_scores<cuda::run_block_scores_cuda>>::run));
   m.impl("merge_states", TORCH_BOX(&OnDevice<&merge_states<cuda::run_merge_states_cuda>>::run));
 }

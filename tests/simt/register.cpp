@@ -1,6 +1,8 @@
 // Registers the CUDA kernels, running on the CPU, under torch's CPU key: loaded after
 // liblongctx.so, this library takes over from the CPU kernels.
 #include "cuda/kernels.h"
+#include "ops/attention_mass.h"
+#include "ops/block_scores.h"
 #include "ops/merge_states.h"
 #include "simt.h"
 
@@ -46,5 +48,7 @@ STABLE_TORCH_LIBRARY_IMPL(longctx_simt, CompositeExplicitAutograd, m) {
 STABLE_TORCH_LIBRARY_IMPL(longctx, CPU, m) {
   using namespace longctx;
   using namespace longctx::cuda;
+  m.impl("attention_mass", TORCH_BOX(&attention_mass<run_attention_mass_cuda>));
+  m.impl("block_scores", TORCH_BOX(&block_scores<run_block_scores_cuda>));
   m.impl("merge_states", TORCH_BOX(&merge_states<run_merge_states_cuda>));
 }
