@@ -150,7 +150,7 @@ class MassBlock {
           load_lse(i < num_rows_ ? last_row_ - i : -1) * static_cast<float>(kLog2E);
     }
     device::sync_threads();
-    if (device::warp_index() == 0) shared_->mask.init_extents(num_rows_);
+    if (device::warp_index() == 0) shared_->mask.init_extents();
     return true;
   }
 
