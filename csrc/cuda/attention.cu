@@ -1,6 +1,4 @@
 // Launches attention and block_sparse_attention: the path, the tile, the splits.
-#include "cuda/attention.h"
-
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -8,6 +6,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "cuda/attention.h"
 #include "cuda/attention_fp32.h"
 #include "cuda/attention_path.h"
 #include "cuda/kernels.h"
@@ -41,7 +40,8 @@ void with_dim(int64_t dim, const F& f) {
 
 ForcedPath forced_path = ForcedPath::kAuto;
 
-// ---- tiles ---------------------------------------------------------------------------------------
+// ---- tiles
+// ---------------------------------------------------------------------------------------
 
 // The most (row, head) pairs of a tile. 128 halve what a product reads from shared memory, but two
 // blocks must fit a multiprocessor, and every multiprocessor should get some.
@@ -117,7 +117,8 @@ AttentionPlan choose_plan(const char* op, const AttentionParams& p, const BlockL
   return plan;
 }
 
-// ---- launches ------------------------------------------------------------------------------------
+// ---- launches
+// ------------------------------------------------------------------------------------
 
 void require_supported_attention(const char* op, const AttentionParams& p) {
   require_supported(op, p.dtype, p.head_dim, p.seqs);
@@ -199,9 +200,9 @@ void run(const char* op, const AttentionParams& p, const BlockList* blocks) {
     plan.grid.order = order.as<int32_t>();
   }
 
-  const int64_t states = plan.grid.num_splits == 1
-                             ? 0
-                             : plan.grid.num_splits * p.seqs.batch * p.num_q_heads * p.seqs.seqlen_q;
+  const int64_t states = plan.grid.num_splits == 1 ? 0
+                                                   : plan.grid.num_splits * p.seqs.batch *
+                                                         p.num_q_heads * p.seqs.seqlen_q;
   const Workspace partial_out(states * p.head_dim_v * static_cast<int64_t>(sizeof(float)));
   const Workspace partial_lse(states * static_cast<int64_t>(sizeof(float)));
   plan.partials = {partial_out.as<float>(), partial_lse.as<float>()};

@@ -12,7 +12,7 @@ namespace longctx::cuda {
 struct AttentionPlan {
   const char* op = "";
   ItemGrid grid;
-  int64_t tile_rows = 0;  // (row, head) pairs of a tile
+  int64_t tile_rows = 0;       // (row, head) pairs of a tile
   AttentionPartials partials;  // with grid.num_splits > 1
 };
 

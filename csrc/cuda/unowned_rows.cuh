@@ -11,8 +11,8 @@ constexpr int kUnownedWarps = 4;
 struct UnownedRows {
   SequenceParams seqs;  // packed
   int64_t num_maps = 0;
-  float* lse = nullptr;        // [num_maps, seqlen_q]
-  char* out = nullptr;         // [num_maps, seqlen_q], strides in bytes; null: only lse
+  float* lse = nullptr;  // [num_maps, seqlen_q]
+  char* out = nullptr;   // [num_maps, seqlen_q], strides in bytes; null: only lse
   int64_t map_stride = 0;
   int64_t row_stride = 0;
   int64_t row_bytes = 0;  // even
@@ -31,8 +31,8 @@ fill_unowned_rows_kernel(const UnownedRows p) {
   for (; index < p.num_maps * p.seqs.seqlen_q; index += p.num_warps) {
     if (device::lane_index() == 0) p.lse[index] = -INFINITY;
     if (p.out == nullptr) continue;
-    char* row = p.out + index / p.seqs.seqlen_q * p.map_stride +
-                index % p.seqs.seqlen_q * p.row_stride;
+    char* row =
+        p.out + index / p.seqs.seqlen_q * p.map_stride + index % p.seqs.seqlen_q * p.row_stride;
     for (int64_t i = 2 * device::lane_index(); i < p.row_bytes; i += 2 * device::kWarpSize) {
       *reinterpret_cast<uint16_t*>(row + i) = 0;
     }
