@@ -9,7 +9,6 @@ set(LONGCTX_CUDA_SOURCES
   csrc/cuda/attention.cu
   csrc/cuda/instances.cpp
   csrc/cuda/merge_states.cu
-  csrc/cuda/merge_splits_tmp.cu
   csrc/cuda/schedule.cu)
 list(TRANSFORM LONGCTX_CUDA_SOURCES PREPEND ${CMAKE_SOURCE_DIR}/)
 
