@@ -39,7 +39,7 @@ namespace {
 constexpr size_t kPage = 4096;
 constexpr size_t kStackBytes = 256 * 1024;  // sanitizers inflate frames
 
-// Stacks are used again, except under ThreadSanitizer, which would see the former owner's accesses.
+// Stacks are used again, unless ThreadSanitizer has seen the accesses of the former owner.
 std::vector<char*>& free_stacks() {
   static auto* stacks = new std::vector<char*>();
   return *stacks;
@@ -57,13 +57,13 @@ char* take_stack() {
   return static_cast<char*>(memory);
 }
 
-void give_stack(char* stack) {
-  if (tsan::active()) {
+void give_stack(char* stack, bool seen_by_tsan, bool unwound) {
+  if (seen_by_tsan) {
     munmap(stack, kStackBytes);
     return;
   }
   // Frames that were dropped have left their red zones.
-  if (__asan_unpoison_memory_region) {
+  if (!unwound && __asan_unpoison_memory_region) {
     __asan_unpoison_memory_region(stack + kPage, kStackBytes - kPage);
   }
   free_stacks().push_back(stack);
@@ -73,7 +73,7 @@ void give_stack(char* stack) {
 
 namespace tsan {
 Context::Context(const char* name) {
-  if (!active()) return;
+  if (!active() || name == nullptr) return;
   thread_ = __tsan_create_fiber(0);
   __tsan_set_fiber_name(thread_, name);
 }
@@ -83,7 +83,7 @@ Context::~Context() {
 void* current() { return active() ? __tsan_get_current_fiber() : nullptr; }
 void switch_to(void* thread) {
   constexpr unsigned kNoSync = 1;
-  if (active()) __tsan_switch_to_fiber(thread, kNoSync);
+  if (thread != nullptr) __tsan_switch_to_fiber(thread, kNoSync);
 }
 }  // namespace tsan
 
@@ -96,7 +96,7 @@ Fiber::Fiber(const char* name, void (*entry)()) : context_(name), stack_(take_st
   stopped_at_ = top;
 }
 
-Fiber::~Fiber() { give_stack(stack_); }
+Fiber::~Fiber() { give_stack(stack_, context_.thread() != nullptr, finished_); }
 
 void Fiber::resume() {
   void* fake_stack = nullptr;
@@ -138,6 +138,7 @@ void Fiber::suspend() {
 }
 
 void Fiber::finish() {
+  finished_ = true;
   leave(nullptr);
   __builtin_unreachable();
 }

@@ -25,8 +25,8 @@ void __tsan_ignore_thread_end() __attribute__((weak));
 
 namespace simt {
 
-// ThreadSanitizer sees every fiber as a thread of its own. Nothing orders two of them but release()
-// and acquire() of the same address. Without that sanitizer these do nothing.
+// ThreadSanitizer sees a fiber as a thread of its own, if it is given a context. Nothing orders two
+// of them but release() and acquire() of the same address. Without that sanitizer these do nothing.
 namespace tsan {
 inline bool active() { return __tsan_create_fiber != nullptr; }
 inline void release(void* address) {
@@ -44,9 +44,10 @@ inline void ignore_end() {
 }
 
 void* current();
-void switch_to(void* thread);  // accesses are that thread's from now on; orders nothing
+void switch_to(void* thread);  // accesses are that thread's from now on; orders nothing; null: none
 
-// One of the sanitizer's threads; it starts after everything that its maker has done.
+// One of the sanitizer's threads; it starts after everything that its maker has done. Making one
+// takes half a millisecond. Without a name: none, and accesses are those of whoever runs it.
 class Context {
  public:
   explicit Context(const char* name);
@@ -91,7 +92,8 @@ class Fiber {
   void leave(void** fake_stack);
 
   tsan::Context context_;
-  char* stack_;                 // the lowest page is a guard
+  char* stack_;  // the lowest page is a guard
+  bool finished_ = false;
   void* stopped_at_;            // stack pointer while the fiber does not run
   void* fake_stack_ = nullptr;  // AddressSanitizer's frames of this fiber
   void* resumer_ = nullptr;     // stack pointer of the caller of resume()

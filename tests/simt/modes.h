@@ -12,7 +12,6 @@ struct NamedMode {
   Mode mode;
 };
 
-// ThreadSanitizer does not need the bad moment to come, only the accesses.
 inline std::vector<NamedMode> modes() {
   if (tsan::active()) {
     return {{"round robin, late landing", {Schedule::kRoundRobin, Landing::kLate, 0}},

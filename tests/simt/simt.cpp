@@ -74,9 +74,7 @@ struct CudaThread {
   bool returned = false;
 };
 
-// For ThreadSanitizer's reports.
 std::string thread_name(const Thread& first, int index) {
-  if (!tsan::active()) return "";
   return "block " + std::to_string(first.block_x) + "," + std::to_string(first.block_y) +
          " thread " + std::to_string(index);
 }
@@ -88,14 +86,14 @@ std::string text(Where where) { return std::string(where.file) + ":" + std::to_s
 
 class Block {
  public:
-  Block(const Thread& first, int64_t shared_bytes, uint64_t seed, const std::function<void()>& body,
+  // `checked`: ThreadSanitizer looks at it.
+  Block(const Thread& first, int64_t shared_bytes, bool checked, const std::function<void()>& body,
         void* grid_order);
   ~Block() { std::free(shared_); }
   Block(const Block&) = delete;
   Block& operator=(const Block&) = delete;
 
-  void run();           // throws std::runtime_error
-  void drop_threads();  // what is left of them
+  void run();  // throws std::runtime_error
 
   // By the running thread:
   CudaThread& self() { return *threads_[running.index]; }
@@ -135,13 +133,13 @@ class Block {
 
 Block* block = nullptr;  // that runs now
 
-Block::Block(const Thread& first, int64_t shared_bytes, uint64_t seed,
+Block::Block(const Thread& first, int64_t shared_bytes, bool checked,
              const std::function<void()>& body, void* grid_order)
     : body_(body),
       first_(first),
       shared_bytes_(shared_bytes),
       grid_order_(grid_order),
-      random_state_(seed),
+      random_state_(mode.seed * 1000003 + first.block_x + first.block_y * 65537),
       live_(first.num_threads),
       warps_(first.num_threads / kWarpSize) {
   // Not rounded up: AddressSanitizer sees the first byte behind it.
@@ -152,11 +150,13 @@ Block::Block(const Thread& first, int64_t shared_bytes, uint64_t seed,
   first_.shared_memory = shared_;
   const auto entry = [] { block->thread_main(); };
   for (int i = 0; i < first.num_threads; ++i) {
-    const std::string name = thread_name(first, i);
+    const std::string name = checked ? thread_name(first, i) : "";
+    const std::string copies = name + "-: copies";
     if (i % kWarpSize == 0) {
-      copiers_.push_back(std::make_unique<tsan::Context>((name + "-: copies").c_str()));
+      copiers_.push_back(std::make_unique<tsan::Context>(checked ? copies.c_str() : nullptr));
     }
-    threads_.push_back(std::make_unique<CudaThread>(name.c_str(), entry, *copiers_.back()));
+    threads_.push_back(
+        std::make_unique<CudaThread>(checked ? name.c_str() : nullptr, entry, *copiers_.back()));
   }
 }
 
@@ -185,11 +185,6 @@ void Block::run() {
   for (const auto& thread : threads_) thread->fiber.release(grid_order_);
   tsan::acquire(grid_order_);
   throw std::runtime_error(failure_);
-}
-
-void Block::drop_threads() {
-  threads_.clear();
-  copiers_.clear();
 }
 
 void Block::thread_main() {
@@ -414,31 +409,26 @@ void run_grid(const char* op, unsigned grid_x, unsigned grid_y, int num_threads,
   }
 
   const auto grid_order = std::make_unique<uint64_t>(0);
-  // ThreadSanitizer would take memory that two blocks get in turn for a race between them, and
-  // overlook a race with a thread that is gone: blocks stay to the end, and the threads of some.
-  constexpr int kMaxFinishedThreads = 1024;
-  std::vector<std::unique_ptr<Block>> finished;
-  int finished_threads = 0;
-  size_t dropped = 0;
-  for (const int64_t index : order) {
+  // ThreadSanitizer looks at a few blocks alone. It would take memory that two of them get in turn
+  // for a race between them, and overlook a race with a thread that is gone: they stay to the end.
+  constexpr size_t kCheckedBlocks = 3;
+  std::vector<std::unique_ptr<Block>> checked;
+  for (size_t i = 0; i < order.size(); ++i) {
     Thread first;
     first.num_threads = num_threads;
-    first.block_x = index % grid_x;
-    first.block_y = index / grid_x;
-    auto next = std::make_unique<Block>(first, shared_bytes, mode.seed * 1000003 + index, body,
-                                        grid_order.get());
+    first.block_x = order[i] % grid_x;
+    first.block_y = order[i] / grid_x;
+    const bool check = tsan::active() && checked.size() * order.size() <= i * kCheckedBlocks;
+    auto next = std::make_unique<Block>(first, shared_bytes, check, body, grid_order.get());
+    if (!check) tsan::ignore_begin();
     try {
       next->run();
     } catch (const std::runtime_error& error) {
       fail("block (" + std::to_string(first.block_x) + ", " + std::to_string(first.block_y) +
            "): " + error.what());
     }
-    if (!tsan::active()) continue;
-    finished.push_back(std::move(next));
-    finished_threads += num_threads;
-    for (; finished_threads > kMaxFinishedThreads; finished_threads -= num_threads) {
-      finished[dropped++]->drop_threads();
-    }
+    if (!check) tsan::ignore_end();
+    if (check) checked.push_back(std::move(next));
   }
   tsan::acquire(grid_order.get());
 }
