@@ -19,9 +19,6 @@ struct Maximum {
 struct BitOr {
   LONGCTX_DEVICE int64_t operator()(int64_t a, int64_t b) const { return a | b; }
 };
-struct BitAnd {
-  LONGCTX_DEVICE int64_t operator()(int64_t a, int64_t b) const { return a & b; }
-};
 
 // Every lane of the warp gets the result.
 template <class Combine>

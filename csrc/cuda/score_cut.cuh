@@ -1,5 +1,5 @@
-// Where the list of chosen entries of a block map ends, found by one block of threads in a radix
-// descent over the keys of the scores: 256 bins at a time, from the first bit in which keys differ.
+// Where the list of chosen entries of a block map ends, found in a radix descent over the keys of
+// the scores: 256 bins at a time, from the first bit in which keys differ.
 #pragma once
 #include "cuda/block_reduce.cuh"
 #include "cuda/items.cuh"
@@ -19,20 +19,22 @@ struct MapRow {
   LONGCTX_DEVICE bool competes(uint32_t column) const { return column >= first && column < last; }
 };
 
-// The rows that share a cut: one row, or all rows of a sequence.
+// Rows of the map of a sequence and head.
 struct Region {
   int64_t head = 0;
   SequenceMap map;
   int64_t first_row = 0;  // counted from the sequence's first
+  int64_t row_step = 1;
   int64_t num_rows = 0;
 };
 
 LONGCTX_DEVICE MapRow map_row(const SelectBlocksParams& p, const Region& region, int64_t i) {
+  const int64_t number = region.first_row + i * region.row_step;
   MapRow row;
   row.scores = p.scores + region.map.seq.batch_index * p.scores_batch_stride +
                region.head * p.scores_head_stride +
-               (region.map.first_row + region.first_row + i) * p.scores_row_stride;
-  const int64_t visible = region.map.num_visible(p.map, region.first_row + i);
+               (region.map.first_row + number) * p.scores_row_stride;
+  const int64_t visible = region.map.num_visible(p.map, number);
   const int64_t first = p.num_first < visible ? p.num_first : visible;
   row.num_visible = static_cast<uint32_t>(visible);
   row.first = static_cast<uint32_t>(first);
@@ -53,23 +55,6 @@ LONGCTX_DEVICE Region row_region(const SelectBlocksParams& p, int64_t batch_inde
   region.map = sequence_map(p.map, seq, row - number);
   region.first_row = number;
   region.num_rows = number < region.map.num_rows ? 1 : 0;
-  return region;
-}
-
-// The region of all rows of a sequence. Whole warps call this.
-LONGCTX_DEVICE Region sequence_region(const SelectBlocksParams& p, int64_t sequence, int64_t head) {
-  int64_t first_row = 0;
-  if (p.map.seqs.cu_seqlens_q != nullptr) {
-    for (int64_t s = device::lane_index(); s < sequence; s += device::kWarpSize) {
-      const int64_t q_len = sequence_at(p.map.seqs, s).q_len;
-      first_row += (q_len + p.map.block_size_q - 1) / p.map.block_size_q;
-    }
-    first_row = clamp_index(reduce_warp(first_row, Sum()), 0, p.map.num_q_blocks);
-  }
-  Region region;
-  region.head = head;
-  region.map = sequence_map(p.map, sequence, first_row);
-  region.num_rows = region.map.num_rows;
   return region;
 }
 
@@ -148,116 +133,164 @@ struct WideSums {
     const int32_t rest = static_cast<int32_t>(value >> 32) + (old + part < old ? 1 : 0);
     if (rest != 0) device::atomic_add_shared(&high[bin], rest);
   }
-  LONGCTX_DEVICE int64_t sum(int bin) const {
+  LONGCTX_DEVICE int64_t operator[](int bin) const {
     return static_cast<int64_t>(high[bin]) << 32 | static_cast<uint32_t>(low[bin]);
   }
-
-  // The highest digit down to which the sums reach `wanted`, which keeps what that digit must still
-  // give; -1 if they fall short. A whole warp calls this.
-  LONGCTX_DEVICE int digit_that_reaches(int64_t& wanted) const {
-    constexpr int kOfLane = kBins / device::kWarpSize;
-    const int highest = kBins - 1 - device::lane_index() * kOfLane;
-    int64_t own = 0;
-    for (int i = 0; i < kOfLane; ++i) own += sum(highest - i);
-    const int64_t through = scan_warp(own);
-    const uint32_t reached = device::ballot(through >= wanted);
-    if (reached == 0) return -1;
-    int64_t left = wanted - (through - own);
-    int digit = highest;
-    for (; digit > highest - kOfLane + 1 && sum(digit) < left; --digit) left -= sum(digit);
-    const int lane = device::lowest_bit(reached);
-    wanted = device::shuffle(left, lane);
-    return device::shuffle(digit, lane);
-  }
 };
 
-struct CutShared {
-  WideSums sums;
-  BlockSlots slots;
-};
+// The highest digit down to which the sums of the digits reach `wanted`, which keeps what that
+// digit must still give; -1 if they fall short. A whole warp calls this.
+template <class Sums>
+LONGCTX_DEVICE int digit_that_reaches(const Sums& sums, int64_t& wanted) {
+  constexpr int kOfLane = WideSums::kBins / device::kWarpSize;
+  const int highest = WideSums::kBins - 1 - device::lane_index() * kOfLane;
+  int64_t own = 0;
+  for (int i = 0; i < kOfLane; ++i) own += sums[highest - i];
+  const int64_t through = scan_warp(own);
+  const uint32_t reached = device::ballot(through >= wanted);
+  if (reached == 0) return -1;
+  int64_t left = wanted - (through - own);
+  int digit = highest;
+  for (; digit > highest - kOfLane + 1 && sums[digit] < left; --digit) left -= sums[digit];
+  const int lane = device::lowest_bit(reached);
+  wanted = device::shuffle(left, lane);
+  return device::shuffle(digit, lane);
+}
 
 struct KeyBounds {
-  uint32_t best = 0;  // of the visible entries
-  uint32_t any = 0;   // the bits that a competing entry has,
-  uint32_t all = 0;   // and those that all of them have
+  uint32_t best = 0;     // of the visible entries
+  uint32_t present = 0;  // bits that a competing entry has
+  uint32_t absent = 0;   // bits that a competing entry lacks
 };
 
-// All threads of the block call this and what follows.
-LONGCTX_DEVICE KeyBounds key_bounds(const RegionKeys& keys, CutShared& shared) {
-  uint32_t best = 0, any = 0, all = 0xffffffffu;
-  keys.for_each([&](uint32_t key, bool competes) {
-    best = key > best ? key : best;
-    if (!competes) return;
-    any |= key;
-    all &= key;
-  });
-  return {static_cast<uint32_t>(reduce_block(best, Maximum(), shared.slots)),
-          static_cast<uint32_t>(reduce_block(any, BitOr(), shared.slots)),
-          static_cast<uint32_t>(reduce_block(all, BitAnd(), shared.slots))};
-}
+// The search for the smallest prefix of the order whose weights sum to `wanted`. The key at which
+// the sum is reached has `prefix` in its bits from `low` up.
+struct Descent {
+  int64_t wanted;  // by the keys with that prefix
+  uint32_t prefix;
+  int low = 0;
 
-// The smallest prefix of the order whose weights sum to `wanted`; everything if they fall short.
-// Descends digit by digit to the key at which the sum is reached; entries with the same key weigh
-// the same.
-LONGCTX_DEVICE TieCut reach(const RegionKeys& keys, const KeyBounds& bounds, int64_t wanted,
-                            const EntryWeight& weight, CutShared& shared) {
-  if (wanted <= 0 || bounds.any == 0) return {};
-  int low = 0;  // bits that are still unknown
-  while (low < 32 && ((bounds.any & ~bounds.all) >> low) != 0) ++low;
-  uint32_t prefix = static_cast<uint32_t>(static_cast<uint64_t>(bounds.any) >> low);
-  while (low > 0) {
-    const int shift = low > 8 ? low - 8 : 0;
-    const uint32_t digits = (1u << (low - shift)) - 1;
-    shared.sums.clear();
-    device::sync_threads();
-    keys.for_each([&](uint32_t key, bool competes) {
-      if (!competes || (static_cast<uint64_t>(key) >> low) != prefix) return;
-      shared.sums.add(key >> shift & digits, weight(key));
-    });
-    device::sync_threads();
-    const int digit = shared.sums.digit_that_reaches(wanted);
-    device::sync_threads();
-    if (digit < 0) return kEverything;
-    prefix = prefix << (low - shift) | static_cast<uint32_t>(digit);
-    low = shift;
+  LONGCTX_DEVICE Descent(const KeyBounds& bounds, int64_t wanted_sum) : wanted(wanted_sum) {
+    while (low < 32 && ((bounds.present & bounds.absent) >> low) != 0) ++low;
+    prefix = static_cast<uint32_t>(static_cast<uint64_t>(bounds.present) >> low);
   }
-  const int64_t each = weight(prefix);
-  return each > 0 ? TieCut{prefix, (wanted - 1) / each + 1} : kEverything;
+  LONGCTX_DEVICE int shift() const { return low > 8 ? low - 8 : 0; }
+  LONGCTX_DEVICE bool contains(uint32_t key) const {
+    return (static_cast<uint64_t>(key) >> low) == prefix;
+  }
+  LONGCTX_DEVICE uint32_t digit(uint32_t key) const {
+    return key >> shift() & ((1u << (low - shift())) - 1);
+  }
+
+  // Goes on by a digit, given the sum of the weights for each; false if they fall short. A whole
+  // warp calls this.
+  template <class Sums>
+  LONGCTX_DEVICE bool descend(const Sums& sums) {
+    const int digit = digit_that_reaches(sums, wanted);
+    if (digit < 0) return false;
+    prefix = prefix << (low - shift()) | static_cast<uint32_t>(digit);
+    low = shift();
+    return true;
+  }
+
+  // At the end: entries with the same key weigh the same.
+  LONGCTX_DEVICE TieCut cut(const EntryWeight& weight) const {
+    const int64_t each = weight(prefix);
+    return each > 0 ? TieCut{prefix, (wanted - 1) / each + 1} : kEverything;
+  }
+};
+
+// ---- what a method asks for --------------------------------------------------------------------
+
+LONGCTX_DEVICE EntryWeight entry_weight(const SelectBlocksParams& p, const KeyBounds& bounds,
+                                        int64_t num_entries) {
+  const float best = key_score(bounds.best);
+  if (p.method != SelectMethod::kCumulative || !(best > 0.0f)) return {};
+  return {true, mass_shift(best, num_entries)};
 }
 
-// What the method chooses among the competing entries of a region.
-LONGCTX_DEVICE TieCut find_cut(const SelectBlocksParams& p, const RegionKeys& keys,
-                               const KeyBounds& bounds, CutShared& shared) {
-  const Region& region = keys.region;
-  const float value = p.head_values == nullptr ? p.value : p.head_values[region.head];
-  const float best = key_score(bounds.best);
+struct Masses {
+  int64_t total = 0;   // of the visible entries
+  int64_t forced = 0;  // of those that do not compete
+};
+
+// The smallest prefix of the order whose weights sum to `wanted`, or else `cut`.
+struct Goal {
+  int64_t wanted = 0;
+  TieCut cut;
+};
+
+LONGCTX_DEVICE Goal method_goal(const SelectBlocksParams& p, int64_t head, const KeyBounds& bounds,
+                                const EntryWeight& weight, const Masses& masses) {
+  const float value = p.head_values == nullptr ? p.value : p.head_values[head];
   const auto everything_from = [](float limit) {
     const ScoreCut cut = cut_at(limit);
-    return TieCut{cut.key, cut.last_index < 0 ? 0 : kAllTies};
+    return Goal{0, {cut.key, cut.last_index < 0 ? 0 : kAllTies}};
   };
   switch (p.method) {
     case SelectMethod::kTopK: {
       constexpr float kLargest = 9.0e18f;  // below 2^63
       const float k = value < kLargest ? value : kLargest;
-      return reach(keys, bounds, value > 0.0f ? static_cast<int64_t>(k) : 0, {}, shared);
+      return {value > 0.0f ? static_cast<int64_t>(k) : 0, {}};
     }
     case SelectMethod::kThreshold:
       return everything_from(value);
     case SelectMethod::kRelative:
-      return everything_from(value * best);
+      return everything_from(value * key_score(bounds.best));
     case SelectMethod::kCumulative:
       break;
   }
-  if (!(best > 0.0f)) return {};
-  const EntryWeight mass{true, mass_shift(best, region.num_rows * region.map.num_columns)};
-  int64_t own_total = 0, own_forced = 0;
+  return {weight.is_mass ? mass_target(value, masses.total) - masses.forced : 0, {}};
+}
+
+// ---- by one block of threads -------------------------------------------------------------------
+
+// All threads of the block call this and what follows; each gets the result.
+LONGCTX_DEVICE KeyBounds key_bounds(const RegionKeys& keys, BlockSlots& slots) {
+  KeyBounds own;
   keys.for_each([&](uint32_t key, bool competes) {
-    own_total += mass(key);
-    if (!competes) own_forced += mass(key);
+    own.best = key > own.best ? key : own.best;
+    if (!competes) return;
+    own.present |= key;
+    own.absent |= ~key;
   });
-  const int64_t total = reduce_block(own_total, Sum(), shared.slots);
-  const int64_t forced = reduce_block(own_forced, Sum(), shared.slots);
-  return reach(keys, bounds, mass_target(value, total) - forced, mass, shared);
+  return {static_cast<uint32_t>(reduce_block(own.best, Maximum(), slots)),
+          static_cast<uint32_t>(reduce_block(own.present, BitOr(), slots)),
+          static_cast<uint32_t>(reduce_block(own.absent, BitOr(), slots))};
+}
+
+LONGCTX_DEVICE Masses sum_masses(const RegionKeys& keys, const EntryWeight& mass,
+                                 BlockSlots& slots) {
+  Masses own;
+  keys.for_each([&](uint32_t key, bool competes) {
+    own.total += mass(key);
+    if (!competes) own.forced += mass(key);
+  });
+  return {reduce_block(own.total, Sum(), slots), reduce_block(own.forced, Sum(), slots)};
+}
+
+// The sums hold after the call's last barrier.
+LONGCTX_DEVICE void sum_digits(const RegionKeys& keys, const Descent& descent,
+                               const EntryWeight& weight, WideSums& sums) {
+  sums.clear();
+  device::sync_threads();
+  keys.for_each([&](uint32_t key, bool competes) {
+    if (competes && descent.contains(key)) sums.add(descent.digit(key), weight(key));
+  });
+  device::sync_threads();
+}
+
+LONGCTX_DEVICE TieCut find_cut(const RegionKeys& keys, const KeyBounds& bounds, const Goal& goal,
+                               const EntryWeight& weight, WideSums& sums) {
+  if (goal.wanted <= 0 || bounds.present == 0) return goal.cut;
+  Descent descent(bounds, goal.wanted);
+  while (descent.low > 0) {
+    sum_digits(keys, descent, weight, sums);
+    const bool reached = descent.descend(sums);
+    device::sync_threads();
+    if (!reached) return kEverything;
+  }
+  return descent.cut(weight);
 }
 
 }  // namespace longctx::cuda

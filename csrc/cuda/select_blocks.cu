@@ -1,3 +1,4 @@
+#include "cuda/fill.cuh"
 #include "cuda/kernels.h"
 #include "cuda/list_rows.cuh"
 #include "cuda/runtime.h"
@@ -43,6 +44,33 @@ void scan_counts(const SelectBlocksParams& p) {
   launch(kOp, &scan_counts_kernel, grid_of(chunks), kListThreads, sizeof(BlockSlots), scan);
 }
 
+// One cut per sequence and head.
+void cut_maps(const SelectBlocksParams& p, RowCut* row_cuts) {
+  const int64_t maps = p.map.seqs.num_seqs * p.heads;
+  if (maps == 0) return;
+  constexpr int64_t kStateInts = sizeof(MapState) / sizeof(int64_t);
+  const Workspace states(maps * static_cast<int64_t>(sizeof(MapState)));
+  fill(kOp, states.as<int64_t>(), maps * kStateInts, int64_t{0});
+  MapGrid grid;
+  grid.states = states.as<MapState>();
+  grid.row_cuts = row_cuts;
+  // A multiprocessor runs up to eight blocks; a block has a row for each of its warps.
+  grid.slices = at_most(ceil_div(int64_t{8} * device_limits().num_multiprocessors, maps),
+                        ceil_div(p.map.num_q_blocks, kMapThreads / device::kWarpSize));
+  const dim3 blocks = grid_of(maps * grid.slices);
+  launch(kOp, &map_bounds_kernel, blocks, kMapThreads, sizeof(BlockSlots), p, grid);
+  if (p.method == SelectMethod::kCumulative) {
+    launch(kOp, &map_masses_kernel, blocks, kMapThreads, sizeof(BlockSlots), p, grid);
+  }
+  const bool searches = p.method != SelectMethod::kRelative;
+  for (int digit = 0; searches && digit < kMaxDigits; ++digit) {
+    launch(kOp, &map_digits_kernel, blocks, kMapThreads, sizeof(WideSums), p, grid, digit);
+  }
+  launch(kOp, &map_ties_kernel, blocks, kMapThreads, 0, p, grid);
+  grid.slices = 1;
+  if (searches) launch(kOp, &share_ties_kernel, grid_of(maps), device::kWarpSize, 0, p, grid);
+}
+
 }  // namespace
 
 void run_select_blocks_cuda(const SelectBlocksParams& p) {
@@ -57,14 +85,11 @@ void run_select_blocks_cuda(const SelectBlocksParams& p) {
   const Workspace chosen(rows * grid.words * static_cast<int64_t>(sizeof(uint32_t)));
   grid.chosen = chosen.as<uint32_t>();
 
-  // cut, count; a threshold is the same cut for every row
-  const bool per_row = p.per_row || p.method == SelectMethod::kThreshold;
+  // cut, count; for a threshold, or a single row, there is no difference
+  const bool per_row = p.per_row || p.method == SelectMethod::kThreshold || p.map.num_q_blocks == 1;
   const Workspace row_cuts(per_row ? 0 : rows * static_cast<int64_t>(sizeof(RowCut)));
   grid.row_cuts = row_cuts.as<RowCut>();
-  const int64_t regions = p.map.seqs.num_seqs * p.heads;
-  if (!per_row && regions > 0) {
-    launch(kOp, &cut_map_kernel, grid_of(regions), kMaxSelectThreads, sizeof(CutShared), p, grid);
-  }
+  if (!per_row) cut_maps(p, grid.row_cuts);
   launch(kOp, &select_row_kernel, grid_of(rows), tile.row_threads, tile.shared_bytes(), p, grid);
 
   // scan

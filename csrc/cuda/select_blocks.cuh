@@ -1,24 +1,18 @@
 // Scores of key blocks -> the block list of each query block: cut and count, scan, write.
-// 1. A block of threads per row keeps the row's keys in shared memory, finds the cut
-// (score_cut.cuh)
-//    and leaves a bit per column and a count; scores are read once. With one cut for a whole map, a
-//    block per map has found it before, reading the map six or seven times, mostly from L2.
-// 2. Counts become block_indptr.
-// 3. Bits become block_indices; what is left of them is -1.
-// Bytes per entry of the map: 4 for the score, 1/4 for the bit, and 4 per entry of block_indices.
+// 1. A block of threads per row keeps the row's keys in shared memory, finds the cut and leaves a
+// bit
+//    per column and a count. Scores are read once. A cut for a whole map is found before, by going
+//    over the map up to seven times (map_cut.cuh).
+// 2. Counts become block_indptr, bits become block_indices (list_rows.cuh); the rest of these is
+// -1. Bytes per entry of the map: 4 for its score, 1/4 for its bit, and 4 for its place in
+// block_indices. With a cut per map 4 more each time, of which a map that fits L2 costs a fraction.
 #pragma once
+#include "cuda/map_cut.cuh"
 #include "cuda/score_cut.cuh"
 
 namespace longctx::cuda {
 
 constexpr int kMaxSelectThreads = 512;
-
-// A row's share of a map's cut: a TieCut whose ties are those of the row.
-struct RowCut {
-  uint32_t key;
-  int32_t ties;
-};
-constexpr int64_t kAllTiesOfRow = INT32_MAX;
 
 struct SelectGrid {
   int64_t words = 0;           // ceil(num_k_blocks / 32)
@@ -29,63 +23,11 @@ struct SelectGrid {
 };
 
 struct SelectShared {
-  CutShared cut;
+  WideSums sums;
   BlockSlots slots;
   // [staged_columns] uint32 follow
   LONGCTX_DEVICE uint32_t* keys() { return reinterpret_cast<uint32_t*>(this + 1); }
 };
-
-// ---- one cut per map ---------------------------------------------------------------------------
-
-// Deals out a cut to the rows of its map: the first `cut.ties` in the order of rows.
-LONGCTX_DEVICE void share_cut(const RegionKeys& keys, const TieCut& cut, RowCut* row_cuts) {
-  const Region& region = keys.region;
-  const int lane = device::lane_index(), warp = device::thread_index() / device::kWarpSize;
-  const int num_warps = device::num_threads() / device::kWarpSize;
-  if (cut.ties == 0 || cut.ties == kAllTies) {
-    const int32_t ties = cut.ties == 0 ? 0 : static_cast<int32_t>(kAllTiesOfRow);
-    for (int64_t i = device::thread_index(); i < region.num_rows; i += device::num_threads()) {
-      row_cuts[i] = {cut.key, ties};
-    }
-    return;
-  }
-  for (int64_t i = warp; i < region.num_rows; i += num_warps) {
-    const MapRow row = map_row(keys.p, region, i);
-    int64_t ties = 0;
-    for (uint32_t j = row.first + lane; j < row.last; j += device::kWarpSize) {
-      ties += keys.key(row, j) == cut.key;
-    }
-    ties = reduce_warp(ties, Sum());
-    if (lane == 0) row_cuts[i] = {cut.key, static_cast<int32_t>(ties)};
-  }
-  device::sync_threads();
-  if (warp != 0) return;
-  int64_t left = cut.ties;
-  for (int64_t first = 0; first < region.num_rows; first += device::kWarpSize) {
-    const int64_t i = first + lane;
-    const int64_t own = i < region.num_rows ? row_cuts[i].ties : 0;
-    const int64_t through = scan_warp(own);
-    if (i < region.num_rows) {
-      row_cuts[i].ties = static_cast<int32_t>(clamp_index(left - (through - own), 0, own));
-    }
-    left -= device::shuffle(through, device::kWarpSize - 1);
-  }
-}
-
-// Grid: num_seqs * heads.
-LONGCTX_KERNEL(kMaxSelectThreads, 1)
-cut_map_kernel(const SelectBlocksParams p, const SelectGrid grid) {
-  auto& shared = *reinterpret_cast<CutShared*>(device::shared_memory());
-  const int64_t head = device::block_index() % p.heads;
-  const Region region = sequence_region(p, device::block_index() / p.heads, head);
-  if (region.num_rows == 0) return;
-  const RegionKeys keys{p, region, nullptr};
-  const TieCut cut = find_cut(p, keys, key_bounds(keys, shared), shared);
-  const int64_t map = region.map.seq.batch_index * p.heads + head;
-  share_cut(keys, cut, grid.row_cuts + map * p.map.num_q_blocks + region.map.first_row);
-}
-
-// ---- one row -----------------------------------------------------------------------------------
 
 // A row whose words of 32 columns are dealt out to the warps, each a run of neighbours.
 class RowWriter {
@@ -180,19 +122,21 @@ select_row_kernel(const SelectBlocksParams p, const SelectGrid grid) {
     }
 
     // cut, count
-    const KeyBounds bounds = key_bounds(keys, shared.cut);
+    const KeyBounds bounds = key_bounds(keys, shared.slots);
     TieCut cut;
     if (grid.row_cuts == nullptr) {
-      cut = find_cut(p, keys, bounds, shared.cut);
+      const EntryWeight weight = entry_weight(p, bounds, region.map.num_columns);
+      const Masses masses = weight.is_mass ? sum_masses(keys, weight, shared.slots) : Masses();
+      const Goal goal = method_goal(p, region.head, bounds, weight, masses);
+      cut = find_cut(keys, bounds, goal, weight, shared.sums);
     } else {
-      const RowCut own = grid.row_cuts[flat];
-      cut = {own.key, own.ties == kAllTiesOfRow ? kAllTies : own.ties};
+      cut = grid.row_cuts[flat].cut();
     }
     RowWriter writer(keys, shared.slots);
     count = writer.count(cut);
     if (count > p.max_blocks_per_row) {
-      cut =
-          reach(keys, bounds, p.max_blocks_per_row - int64_t{writer.num_forced()}, {}, shared.cut);
+      const Goal best{p.max_blocks_per_row - int64_t{writer.num_forced()}, {}};
+      cut = find_cut(keys, bounds, best, {}, shared.sums);
       count = writer.count(cut);
     }
     if (count > 0) writer.write(cut, grid.words, grid.chosen + flat * grid.words);
