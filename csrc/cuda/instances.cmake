@@ -9,7 +9,8 @@ set(LONGCTX_CUDA_SOURCES
   csrc/cuda/attention.cu
   csrc/cuda/instances.cpp
   csrc/cuda/merge_states.cu
-  csrc/cuda/schedule.cu)
+  csrc/cuda/schedule.cu
+  csrc/cuda/select_blocks.cu)
 list(TRANSFORM LONGCTX_CUDA_SOURCES PREPEND ${CMAKE_SOURCE_DIR}/)
 
 # longctx_cuda_kernel(<kernel> <family> "<arguments>" DTYPES <dtype>... HEAD_DIMS <n>...)

@@ -10,5 +10,6 @@ void run_block_scores_cuda(const BlockScoresParams& params);
 void run_attention_cuda(const AttentionParams& params);
 void run_block_sparse_attention_cuda(const BlockSparseAttentionParams& params);
 void run_merge_states_cuda(const MergeStatesParams& params);
+void run_select_blocks_cuda(const SelectBlocksParams& params);
 
 }  // namespace longctx::cuda

@@ -14,6 +14,7 @@
 #include "ops/attention.h"
 #include "ops/block_sparse_attention.h"
 #include "ops/merge_states.h"
+#include "ops/select_blocks.h"
 
 // Only a CUDA torch defines this. Weak, so that the library also loads beside a CPU-only torch.
 #pragma weak aoti_torch_get_current_cuda_stream
@@ -115,4 +116,5 @@ STABLE_TORCH_LIBRARY_IMPL(longctx, CUDA, m) {
   m.impl("block_sparse_attention",
          TORCH_BOX(&OnDevice<&block_sparse_attention<cuda::run_block_sparse_attention_cuda>>::run));
   m.impl("merge_states", TORCH_BOX(&OnDevice<&merge_states<cuda::run_merge_states_cuda>>::run));
+  m.impl("select_blocks", TORCH_BOX(&OnDevice<&select_blocks<cuda::run_select_blocks_cuda>>::run));
 }

@@ -69,6 +69,14 @@ LONGCTX_DEVICE void atomic_add_shared(int64_t* target, int64_t value) {
   atomicAdd(reinterpret_cast<unsigned long long*>(target), static_cast<unsigned long long>(value));
 }
 
+LONGCTX_DEVICE void atomic_add_global(int64_t* target, int64_t value) {
+  atomicAdd(reinterpret_cast<unsigned long long*>(target), static_cast<unsigned long long>(value));
+}
+LONGCTX_DEVICE void atomic_or_global(uint32_t* target, uint32_t bits) { atomicOr(target, bits); }
+LONGCTX_DEVICE void atomic_max_global(uint32_t* target, uint32_t value) {
+  atomicMax(target, value);
+}
+
 LONGCTX_DEVICE int count_bits(uint32_t bits) { return __popc(bits); }
 LONGCTX_DEVICE int lowest_bit(uint32_t bits) { return __ffs(static_cast<int>(bits)) - 1; }
 
@@ -142,6 +150,19 @@ LONGCTX_DEVICE int32_t atomic_add_shared(int32_t* target, int32_t value) {
 }
 LONGCTX_DEVICE void atomic_add_shared(int64_t* target, int64_t value) {
   __atomic_fetch_add(target, value, __ATOMIC_RELAXED);
+}
+
+LONGCTX_DEVICE void atomic_add_global(int64_t* target, int64_t value) {
+  __atomic_fetch_add(target, value, __ATOMIC_RELAXED);
+}
+LONGCTX_DEVICE void atomic_or_global(uint32_t* target, uint32_t bits) {
+  __atomic_fetch_or(target, bits, __ATOMIC_RELAXED);
+}
+LONGCTX_DEVICE void atomic_max_global(uint32_t* target, uint32_t value) {
+  uint32_t seen = __atomic_load_n(target, __ATOMIC_RELAXED);
+  while (seen < value && !__atomic_compare_exchange_n(target, &seen, value, false, __ATOMIC_RELAXED,
+                                                      __ATOMIC_RELAXED)) {
+  }
 }
 
 LONGCTX_DEVICE int count_bits(uint32_t bits) { return __builtin_popcount(bits); }

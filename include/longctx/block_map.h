@@ -27,11 +27,11 @@ struct SequenceMap {
   }
 };
 
-// The map of sequence `index`, whose rows start at `first_row`; never reaches outside the map.
-LONGCTX_HD inline SequenceMap sequence_map(const BlockMapParams& map, int64_t index,
+// The map of a sequence whose rows start at `first_row`; never reaches outside the map.
+LONGCTX_HD inline SequenceMap sequence_map(const BlockMapParams& map, const Sequence& seq,
                                            int64_t first_row) {
   SequenceMap result;
-  result.seq = sequence_at(map.seqs, index);
+  result.seq = seq;
   result.first_row = first_row;
   result.num_rows = clamp_index((result.seq.q_len + map.block_size_q - 1) / map.block_size_q, 0,
                                 map.num_q_blocks - first_row);
@@ -45,6 +45,11 @@ LONGCTX_HD inline SequenceMap sequence_map(const BlockMapParams& map, int64_t in
   const int64_t queries_with_row = result.num_rows * map.block_size_q;
   if (result.seq.q_len > queries_with_row) result.seq.q_len = queries_with_row;
   return result;
+}
+
+LONGCTX_HD inline SequenceMap sequence_map(const BlockMapParams& map, int64_t index,
+                                           int64_t first_row) {
+  return sequence_map(map, sequence_at(map.seqs, index), first_row);
 }
 
 }  // namespace longctx

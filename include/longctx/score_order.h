@@ -22,6 +22,15 @@ LONGCTX_HD inline uint32_t score_key(float score) {
   return score > -__builtin_huge_valf() ? key : 0;
 }
 
+// The score whose key this is: +0 for both zeros, -inf for whatever is never chosen.
+LONGCTX_HD inline float key_score(uint32_t key) {
+  if (key == 0) return -__builtin_huge_valf();
+  const uint32_t bits = key ^ ((key >> 31) != 0 ? 0x80000000u : 0xffffffffu);
+  float score;
+  memcpy(&score, &bits, sizeof(score));
+  return score;
+}
+
 // Where the list of chosen entries ends: entries better than `key`, and those at `key` up to index
 // `last_index`.
 struct ScoreCut {

@@ -6,6 +6,7 @@
 #include "ops/attention.h"
 #include "ops/block_sparse_attention.h"
 #include "ops/merge_states.h"
+#include "ops/select_blocks.h"
 #include "simt.h"
 
 namespace longctx {
@@ -56,4 +57,5 @@ STABLE_TORCH_LIBRARY_IMPL(longctx, CPU, m) {
   m.impl("block_sparse_attention",
          TORCH_BOX(&block_sparse_attention<run_block_sparse_attention_cuda>));
   m.impl("merge_states", TORCH_BOX(&merge_states<run_merge_states_cuda>));
+  m.impl("select_blocks", TORCH_BOX(&select_blocks<run_select_blocks_cuda>));
 }
