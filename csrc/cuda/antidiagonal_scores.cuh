@@ -50,9 +50,6 @@ struct Groups {
   LONGCTX_DEVICE int64_t q_count(int64_t group) const {
     return clamp_index(map.seq.q_len - group * p.stride, 0, p.stride);
   }
-  LONGCTX_DEVICE int64_t k_count(int64_t group) const {
-    return clamp_index(map.seq.k_len - group * p.stride, 0, p.stride);
-  }
   // Query group `group` sees key groups [0, num_seen).
   LONGCTX_DEVICE int64_t num_seen(int64_t group) const {
     const int64_t k_groups = groups(map.seq.k_len);
@@ -90,7 +87,7 @@ struct GroupTile {
 };
 
 template <class T>
-LONGCTX_KERNEL(kGroupThreads, 1)
+LONGCTX_KERNEL(kGroupThreads, sizeof(T) == 2 ? 2 : 1)
 antidiagonal_states_kernel(const BlockScoresParams p, const GroupGrid grid) {
   constexpr double kLog2E = 1.4426950408889634;
   const int64_t unit = device::block_index() / grid.column_tiles;
@@ -108,22 +105,25 @@ antidiagonal_states_kernel(const BlockScoresParams p, const GroupGrid grid) {
   }
 
   // Long rows of reversed queries; what a short group lacks is zero.
-  const HeadRows q = head_rows<T>(p.q, tile.batch_index, tile.head, seq.q_begin);
-  const HeadRows k =
-      head_rows<T>(p.k, tile.batch_index, tile.head * p.num_kv_heads / p.num_q_heads, seq.k_begin);
+  const int stride = static_cast<int>(p.stride);
+  const int last_count = static_cast<int>(groups.q_count(tile.first_group + tile.num_groups - 1));
+  const auto q_count = [&](int i) { return i + 1 < tile.num_groups ? stride : last_count; };
+  const int num_keys =
+      static_cast<int>(clamp_index(seq.k_len - column * p.stride, 0, kGroupColumns * p.stride));
+  const HeadRows q =
+      head_rows<T>(p.q, tile.batch_index, tile.head, seq.q_begin + tile.first_group * p.stride);
+  const HeadRows k = head_rows<T>(p.k, tile.batch_index, tile.head * p.num_kv_heads / p.num_q_heads,
+                                  seq.k_begin + column * p.stride);
   const auto q_row_at = [&](int i, int part) -> const char* {
-    const int64_t count = groups.q_count(tile.first_group + i);
-    if (i >= tile.num_groups || part >= count) return nullptr;
-    return q.row((tile.first_group + i) * p.stride + count - 1 - part);
+    if (i >= tile.num_groups || part >= q_count(i)) return nullptr;
+    return q.row(i * stride + q_count(i) - 1 - part);
   };
   const auto k_row_at = [&](int i, int part) -> const char* {
-    const int64_t key = (column + i) * p.stride + part;
-    return key < seq.k_len ? k.row(key) : nullptr;
+    return i * stride + part < num_keys ? k.row(i * stride + part) : nullptr;
   };
   ScoreTile<T, kGroupColumns> scores;
-  multiply_rows(scores, shared, static_cast<int>(p.stride),
-                static_cast<int>(p.head_dim * sizeof(T)), q_row_at, grid.q_aligned, k_row_at,
-                grid.k_aligned);
+  multiply_rows(scores, shared, stride, static_cast<int>(p.head_dim * sizeof(T)), q_row_at,
+                grid.q_aligned, k_row_at, grid.k_aligned);
 
   // The scale counts on `stride` pairs; the last group of queries or keys may have fewer.
   const double scale = p.softmax_scale / static_cast<double>(p.stride);
@@ -132,12 +132,9 @@ antidiagonal_states_kernel(const BlockScoresParams p, const GroupGrid grid) {
   float* s_rows = reinterpret_cast<float*>(shared);  // [kTileRows][kGroupStride]
   scores.for_each([&](int row, int i, float s) {
     s *= factor;
-    const int64_t q_count = groups.q_count(tile.first_group + row);
-    const int64_t k_count = groups.k_count(column + i);
-    const int64_t pairs = q_count < k_count ? q_count : k_count;
-    if (pairs < p.stride && pairs > 0) {
-      s *= static_cast<float>(p.stride) / static_cast<float>(pairs);
-    }
+    const int k_count = num_keys - i * stride;
+    const int pairs = q_count(row) < k_count ? q_count(row) : k_count;
+    if (pairs < stride && pairs > 0) s *= static_cast<float>(stride) / static_cast<float>(pairs);
     s_rows[row * kGroupStride + i] = i < seen[row] ? s : hidden;  // mask
   });
   device::sync_threads();

@@ -53,6 +53,7 @@ struct WarpTracks {
 
 struct MassShared {
   ItemMask<kTileRows> mask;
+  uint64_t visible[kTileRows];    // keys of a tile, where they differ by row
   float lse_log2[kTileRows];      // -inf: the row counts for nothing
   float key_parts[2][kMassKeys];  // of a tile, by rows of warps
   float key_sums[kMaxStripTiles * kMassKeys];
@@ -100,7 +101,7 @@ class MassBlock {
     const Piece piece = piece_at(p_.seqs, index / p_.num_kv_heads, slot_, grid_.strip_size(), span);
     if (piece.sequence < 0) return;
     seq_ = sequence_at(p_.seqs, piece.sequence);
-    strip_begin_ = piece.number * grid_.strip_size();
+    strip_begin_ = static_cast<int32_t>(piece.number * grid_.strip_size());
     clear_sums();
     int64_t first = 0, end = seq_.q_len;
     if (grid_.follow_diagonals) {
@@ -130,9 +131,9 @@ class MassBlock {
   // The rows [first, first + kTileRows) counted backwards: their masks and lse. False when they see
   // nothing of the strip.
   LONGCTX_DEVICE bool load_rows(int64_t first) {
-    num_rows_ = static_cast<int>(clamp_index(seq_.q_len - first, 0, kTileRows));
-    last_row_ = seq_.q_len - 1 - first;
-    first_key_ = strip_begin_ - (grid_.follow_diagonals ? first : 0);
+    num_rows_ = static_cast<int32_t>(clamp_index(seq_.q_len - first, 0, kTileRows));
+    last_row_ = static_cast<int32_t>(seq_.q_len - 1 - first);
+    first_key_ = static_cast<int32_t>(strip_begin_ - (grid_.follow_diagonals ? first : 0));
     const int64_t begin = clamp_index(first_key_, 0, seq_.k_len);
     const int64_t end = clamp_index(first_key_ + grid_.strip_size(), 0, seq_.k_len);
     const int64_t row_begin = last_row_ + 1 - num_rows_;
@@ -175,7 +176,7 @@ class MassBlock {
   LONGCTX_DEVICE void visit_strip() {
     uint32_t tiles = 0, full = 0;
     for (int tile = 0; tile < grid_.strip_tiles; ++tile) {
-      const int32_t key = static_cast<int32_t>(first_key_) + tile * kMassKeys;
+      const int32_t key = first_key_ + tile * kMassKeys;
       const auto visibility = shared_->mask.visibility(key, key + kMassKeys);
       if (visibility != Visibility::kNone) tiles |= 1u << tile;
       if (visibility == Visibility::kFull) full |= 1u << tile;
@@ -184,6 +185,7 @@ class MassBlock {
     // load q tile; for each key tile that is seen
     const HeadRows q = head_rows<T>(p_.q, seq_.batch_index, head_, seq_.q_begin);
     const HeadRows k = head_rows<T>(p_.k, seq_.batch_index, kv_head_, seq_.k_begin);
+    const int32_t k_len = static_cast<int32_t>(seq_.k_len);
     const int row_bytes = static_cast<int>(p_.head_dim * sizeof(T));
     const auto load_q = [&](int slice, int q_slot) {
       const auto row_at = [&](int i) { return i < num_rows_ ? q.row(last_row_ - i) : nullptr; };
@@ -196,8 +198,8 @@ class MassBlock {
     uint32_t to_load = tiles, to_use = tiles;
     int load_at = 0, use_at = 0;  // slice of the first of them
     const auto load = [&](int, int stage) {
-      const int64_t key = first_key_ + device::lowest_bit(to_load) * kMassKeys;
-      const auto row_at = [&](int i) { return key + i < seq_.k_len ? k.row(key + i) : nullptr; };
+      const int32_t key = first_key_ + device::lowest_bit(to_load) * kMassKeys;
+      const auto row_at = [&](int i) { return key + i < k_len ? k.row(key + i) : nullptr; };
       load_slice<T>(k_ + stage * slice_bytes(kMassKeys), kMassKeys, row_at, load_at * kSliceBytes,
                     row_bytes, grid_.k_aligned);
       if (!grid_.q_stays()) load_q(load_at, stage);
@@ -237,12 +239,29 @@ class MassBlock {
       s = lse_log2 != -INFINITY ? device::exp2_fast(s - lse_log2) : 0.0f;
     });
     if (full) return;
-    // mask; a partial tile may have rows and keys that do not exist
-    const int32_t first_key = static_cast<int32_t>(first_key_) + tile * kMassKeys;
+    // mask
+    const int row = device::thread_index();  // a thread a row
+    uint64_t visible = 0;
+    if (row < num_rows_) {
+      visible =
+          visible_keys(shared_->mask.rows[num_rows_ - 1 - row], first_key_ + tile * kMassKeys);
+    }
+    shared_->visible[row] = visible;
+    device::sync_threads();
     scores.for_each([&](int row, int column, float& s) {
-      const int index = num_rows_ - 1 - row;
-      if (index < 0 || !shared_->mask.rows[index].visible(first_key + column)) s = 0.0f;
+      if ((shared_->visible[row] >> column & 1) == 0) s = 0.0f;
     });
+  }
+
+  // Bit i: the row sees key first_key + i.
+  LONGCTX_DEVICE static uint64_t visible_keys(const RowMask32& row, int32_t first_key) {
+    const auto keys_in = [first_key](const Interval32& part) {
+      const int64_t begin = clamp_index(part.begin - first_key, 0, kMassKeys);
+      const int64_t end = clamp_index(part.end - first_key, 0, kMassKeys);
+      return begin < end ? ~uint64_t{0} >> (kMassKeys - (end - begin)) << begin : 0;
+    };
+    return (keys_in(row.window) | keys_in(row.sinks)) &
+           (keys_in(row.ranges[0]) | keys_in(row.ranges[1]));
   }
 
   LONGCTX_DEVICE void add_probabilities(int tile, const ScoreTile<T, kMassKeys>& scores) {
@@ -350,9 +369,9 @@ class MassBlock {
 
   Sequence seq_;
   int64_t slot_, head_, kv_head_;
-  int64_t strip_begin_;  // key or diagonal of the sequence
-  int64_t last_row_ = 0, first_key_ = 0;
-  int num_rows_ = 0;
+  int32_t strip_begin_;  // key or diagonal of the sequence
+  int32_t last_row_ = 0, first_key_ = 0;
+  int32_t num_rows_ = 0;
 };
 
 template <class T>

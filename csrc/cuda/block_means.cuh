@@ -57,15 +57,27 @@ struct alignas(16) Chunk {
   T x[kElements];
 };
 
-// The first `count` elements at `from`, zeros behind them.
+// sums += the elements of rows row, row + row_step, ... below num_rows, `count` of each; 16 bytes
+// at a time if they are whole and aligned.
 template <class T>
-LONGCTX_DEVICE Chunk<T> load_chunk(const T* from, int64_t count, bool aligned) {
-  if (aligned && count >= Chunk<T>::kElements) return *reinterpret_cast<const Chunk<T>*>(from);
-  Chunk<T> chunk{};
-  for (int e = 0; e < Chunk<T>::kElements; ++e) {
-    if (e < count) chunk.x[e] = from[e];
+LONGCTX_DEVICE void add_rows(const T* from, int64_t stride, int64_t row, int64_t num_rows,
+                             int64_t row_step, int64_t count, bool aligned,
+                             float (&sums)[Chunk<T>::kElements]) {
+  if (aligned && count >= Chunk<T>::kElements) {
+#pragma unroll 4
+    for (; row < num_rows; row += row_step) {
+      const Chunk<T> chunk = *reinterpret_cast<const Chunk<T>*>(from + row * stride);
+#pragma unroll
+      for (int e = 0; e < Chunk<T>::kElements; ++e) sums[e] += device::widen(chunk.x[e]);
+    }
+    return;
   }
-  return chunk;
+  for (; row < num_rows; row += row_step) {
+#pragma unroll
+    for (int e = 0; e < Chunk<T>::kElements; ++e) {
+      if (e < count) sums[e] += device::widen(from[row * stride + e]);
+    }
+  }
 }
 
 template <class T, class Mean>
@@ -90,13 +102,8 @@ block_means_kernel(const BlockScoresParams p, const MeansGrid grid, Mean* means)
     const int64_t d = column + lane % row_lanes * kElements;
     float sums[kElements] = {};
     if (d < p.head_dim) {
-#pragma unroll 4
-      for (int64_t row = lane / row_lanes; row < rows.count; row += device::kWarpSize / row_lanes) {
-        const Chunk<T> chunk =
-            load_chunk(first + row * grid.tensor.seq_stride + d, p.head_dim - d, grid.aligned);
-#pragma unroll
-        for (int e = 0; e < kElements; ++e) sums[e] += device::widen(chunk.x[e]);
-      }
+      add_rows(first + d, grid.tensor.seq_stride, lane / row_lanes, rows.count,
+               device::kWarpSize / row_lanes, p.head_dim - d, grid.aligned, sums);
     }
     for (int mask = row_lanes; mask < device::kWarpSize; mask *= 2) {
 #pragma unroll

@@ -111,6 +111,17 @@ TEST(attention_mass, float32_all_keys) {
   c.causal = false;
   check(c);
 }
+TEST(attention_mass, many_tiles) {
+  Case c = sized(DType::kBFloat16, 300, 420);
+  c.num_q_heads = 1;
+  check(c);
+}
+TEST(attention_mass, queries_too_long_for_shared_memory) {
+  Case c = sized(DType::kFloat32, 20, 70);
+  c.num_q_heads = 1;
+  c.head_dim = 250;
+  check(c);
+}
 TEST(attention_mass, keys_alone) { check(sized(DType::kFloat16, 40, 90), true, false); }
 TEST(attention_mass, diagonals_alone) { check(sized(DType::kFloat16, 40, 90), false, true); }
 TEST(attention_mass, segments) {

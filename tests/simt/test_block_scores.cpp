@@ -247,6 +247,17 @@ TEST_P(block_score_methods, q_offset) {
   c.map.q_offset = 50;
   check(c);
 }
+TEST_P(block_score_methods, several_tiles) {
+  const bool antidiagonal = GetParam() == BlockScoreMethod::kAntidiagonal;
+  Scores c = sized(DType::kFloat32, 140, antidiagonal ? 140 : 70);
+  c.method = GetParam();
+  c.num_q_heads = c.num_kv_heads = 1;
+  c.head_dim = 8;
+  c.map.block_size_q = 128;
+  c.map.block_size_k = antidiagonal ? 128 : 1;
+  c.stride = 1;
+  check(c);
+}
 TEST_P(block_score_methods, rows_that_see_nothing) {
   Scores c = sized(DType::kFloat16, 130, 30);
   c.method = GetParam();
