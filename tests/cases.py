@@ -14,10 +14,12 @@ from torch import Tensor
 
 import longctx
 import longctx.reference
+import target
 from longctx.testing import block_list
 
 Call = dict[str, Any]
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+DTYPES = target.dtypes()
+MERGED_DTYPES = target.dtypes(merge_states=True)
 INT32_MAX = 2**31 - 1
 INT64_MAX = 2**63 - 1
 
@@ -255,6 +257,7 @@ CASES = {
             growing={"out": 3, "lse": 3},
             differentiable=("out", "lse"),
             any_strides=frozenset({"out", "lse", "lse_override"}),
+            dtypes=MERGED_DTYPES,
         ),
         OpCase(
             name="attention",

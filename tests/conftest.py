@@ -1,8 +1,11 @@
-"""Options, fixtures and the support matrix; `python -m pytest` from the repository root runs everything."""
+"""Which tests run, fixtures and the support matrix; `python -m pytest` from the repository root runs everything.
+
+`--device cuda` runs it on a GPU; `--simt LIBRARY` runs the tests of the ops on the CUDA kernels without one.
+"""
 
 from __future__ import annotations
 
-import json
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,33 +13,87 @@ import pytest
 import torch
 
 import support_matrix
-from longctx.testing import ISAS, available_isas, force_isa
+import target
+from longctx.testing import available_isas, force_isa
+
+# Fibers are some thousand times slower than a GPU: of these files alone, and of some these tests alone.
+SIMT_TESTS: dict[str, frozenset[str]] = {
+    "test_attention.py": frozenset(),
+    "test_attention_mass.py": frozenset(),
+    "test_bad_input.py": frozenset(),
+    "test_block_scores.py": frozenset(),
+    "test_block_sparse_attention.py": frozenset(),
+    "test_conventions.py": frozenset(),
+    "test_cuda.py": frozenset(),
+    "test_merge_states.py": frozenset(),
+    "test_policy.py": frozenset({"test_equals_masked_dense"}),
+    "test_select_blocks.py": frozenset(),
+    "test_support_matrix.py": frozenset(),
+    "test_target.py": frozenset(),
+}
+MAX_CUDA_HEAD_DIM = 256
+
+FILES = pytest.StashKey[frozenset[Path]]()  # of the tests collected, before any is left out
+LEFT_OUT = pytest.StashKey[Counter[str]]()  # reason -> tests
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
-        "--write-support-matrix", action="store_true", help="write docs/support_matrix.md after a full run"
-    )
+def pytest_configure(config: pytest.Config) -> None:
+    target.choose(config.getoption("--device"), config.getoption("--simt"), config.getoption("--simt-mode"))
 
 
 def pytest_report_header() -> str:
-    info = json.loads(torch.ops.longctx.build_info())
-    return f"longctx: isa {info['isa']} of {info['detected_isa']}, engines {info['engines']}"
+    return f"longctx: {target.describe()}"
+
+
+def why_left_out(item: pytest.Item) -> str:
+    """Why a test says nothing about the target; empty if it does."""
+    runs_on = item.get_closest_marker("runs_on")
+    if runs_on is not None and target.name not in runs_on.args:
+        return str(runs_on.kwargs["reason"])
+    if target.name == "cpu":
+        return ""
+    if target.name == "simt":
+        chosen = SIMT_TESTS.get(item.path.name)
+        if chosen is None or (chosen and getattr(item, "originalname", "") not in chosen):
+            return "too slow on fibers; every op is compared elsewhere"
+    params = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+    if params.get("dtype") == torch.float64 and item.path.name != "test_merge_states.py":
+        return "float64: on CUDA in merge_states alone, elsewhere an error (test_cuda.py)"
+    if any(params.get(dim, 0) > MAX_CUDA_HEAD_DIM for dim in ("head_dim", "head_dim_v")):
+        return f"head_dim above {MAX_CUDA_HEAD_DIM}: on CUDA an error (test_cuda.py)"
+    return ""
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "isa" in metafunc.fixturenames:
+        metafunc.parametrize("isa", target.isas(), indirect=True)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """`slow` tests run only under `-m slow`; the support matrix is checked last."""
+    """Tests about other targets are left out, each with its reason; `slow` ones run only under `-m slow`."""
+    config.stash[FILES] = frozenset(item.path for item in items)
     if "slow" not in config.getoption("markexpr"):
         skip = pytest.mark.skip(reason="slow: run with -m slow")
         for item in items:
             if "slow" in item.keywords:
                 item.add_marker(skip)
+    reasons = {item: why_left_out(item) for item in items}
+    config.stash[LEFT_OUT] = Counter(filter(None, reasons.values()))
+    config.hook.pytest_deselected(items=[item for item in items if reasons[item]])
+    items[:] = [item for item in items if not reasons[item]]
     items.sort(key=lambda item: item.path.name == "test_support_matrix.py")
 
 
-@pytest.fixture(params=ISAS)
+def pytest_report_collectionfinish(config: pytest.Config) -> list[str]:
+    return [f"left out on {target.label()}: {count}: {why}" for why, count in config.stash[LEFT_OUT].most_common()]
+
+
+@pytest.fixture
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Every instruction set in turn, forced."""
+    """Every instruction set of the CPU in turn, forced; on other targets one value."""
+    if target.name != "cpu":
+        yield request.param
+        return
     if request.param not in available_isas():
         pytest.skip(f"this machine has no {request.param}")
     with force_isa(request.param):
@@ -55,8 +112,7 @@ def is_full_run(session: pytest.Session) -> bool:
     """Whether every test file takes part and no test was picked out."""
     config = session.config
     picked = config.getoption("keyword") or config.getoption("markexpr") or config.getoption("lf", False)
-    files = {item.path for item in session.items}
-    return not picked and files >= set(Path(__file__).parent.glob("test_*.py"))
+    return not picked and config.stash[FILES] >= set(Path(__file__).parent.glob("test_*.py"))
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
@@ -64,4 +120,4 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
         return
     if exitstatus != 0 or not is_full_run(session):
         raise pytest.UsageError("docs/support_matrix.md is written only by a full run that passes")
-    support_matrix.PATH.write_text(support_matrix.render(support_matrix.ran()))
+    support_matrix.write()

@@ -1,4 +1,7 @@
-"""What the tests ran, as a table: `pytest --write-support-matrix` writes docs/support_matrix.md."""
+"""What the tests ran, as a table: `pytest --write-support-matrix` writes docs/support_matrix.md.
+
+A run knows one device. It rewrites and checks the rows of that device and leaves the others alone.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +9,17 @@ from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
+import target
+
 PATH = Path(__file__).parents[1] / "docs" / "support_matrix.md"
 
 HEAD = """\
 # Support matrix
 
-What the tests compare with the float64 twins. `python -m pytest --write-support-matrix` writes it; a full test run
-fails where it claims what that run did not compare. The CPU kernels take any head_dim: listed are those compared.
+What the tests compare with the float64 twins. `python -m pytest --write-support-matrix` writes the rows of the device
+it ran on, and a full test run fails where they claim what that run did not compare. `cuda (host SIMT)` is the CUDA
+kernels run on CPU fibers (`--simt`), `cuda` a GPU (`--device cuda`); a device without rows was not run. The CPU kernels
+take any head_dim, the CUDA kernels 1 to 256: listed are those compared.
 
 | op | device | dtype | direction | instruction sets | head_dim |
 |---|---|---|---|---|---|
@@ -39,6 +46,16 @@ def record(entry: Entry) -> None:
 
 def ran() -> frozenset[Entry]:
     return frozenset(_ran)
+
+
+def committed() -> frozenset[Entry]:
+    return parse(PATH.read_text())
+
+
+def write() -> None:
+    """Replaces the rows of this run's device."""
+    others = {entry for entry in committed() if entry.device != target.label()}
+    PATH.write_text(render(ran() | others))
 
 
 def render(entries: frozenset[Entry]) -> str:

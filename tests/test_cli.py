@@ -32,6 +32,7 @@ def test_info_as_text(capsys):
     assert "longctx::merge_states(Tensor out, Tensor lse" in printed
 
 
+@pytest.mark.runs_on("cpu", reason="about the engines of the CPU kernels")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
 def test_path_of_a_shape(capsys, dtype):
     path = info(capsys, "--shape", "2,8,8192,128", "--kv-heads", "2", "--dtype", dtype)["path"]

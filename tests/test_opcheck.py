@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import target
 from cases import CASES, OpCase
 from checks import as_tuple, assert_same_bits, record
 from test_conventions import for_every_call
@@ -36,7 +37,7 @@ def fresh_compiler() -> None:
 @for_every_call
 def test_opcheck(case: OpCase, variant: str) -> None:
     with Recorder() as recorder:
-        case.op(**case.calls[variant](case.dtypes[0]))
+        case.op(**target.native(case.calls[variant](case.dtypes[0])))
     assert recorder.calls, "no op of longctx was called"
     for func, args, kwargs in recorder.calls:
         torch.library.opcheck(func, args, kwargs)
@@ -46,13 +47,13 @@ def test_opcheck(case: OpCase, variant: str) -> None:
 def test_compiled_gives_the_same_numbers(case: OpCase, variant: str) -> None:
     compiled = torch.compile(case.op, fullgraph=True, backend="aot_eager")
     for dtype in case.dtypes[:3]:
-        call = case.calls[variant](dtype)
+        call = target.native(case.calls[variant](dtype))
         assert_same_bits(compiled(**call), case.op(**call))
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_compiled_by_inductor(case: OpCase) -> None:
-    call = next(iter(case.calls.values()))(case.dtypes[0])
+    call = target.native(next(iter(case.calls.values()))(case.dtypes[0]))
     assert_same_bits(torch.compile(case.op, fullgraph=True)(**call), case.op(**call))
 
 
@@ -60,7 +61,7 @@ def test_compiled_by_inductor(case: OpCase) -> None:
 def test_dynamic_shapes_compile_once(case: OpCase) -> None:
     """One graph serves every length."""
     compiled = torch.compile(case.op, fullgraph=True, dynamic=True, backend="aot_eager")
-    call = case.calls["plain"](torch.float32)
+    call = target.native(case.calls["plain"](torch.float32))
     assert_same_bits(compiled(**call), case.op(**call))
     longer = call | {name: torch.cat([call[name]] * 2, dim=dim) for name, dim in case.growing.items()}
     with torch.compiler.set_stance("fail_on_recompile"):
@@ -81,7 +82,7 @@ def test_fake_kernel(case: OpCase, variant: str) -> None:
 @pytest.mark.parametrize("case", [case for case in CASES.values() if case.differentiable], ids=lambda case: case.name)
 def test_backward_raises_and_names_the_op(case: OpCase) -> None:
     for argument, dtype in itertools.product(case.differentiable, case.dtypes):
-        call = next(iter(case.calls.values()))(dtype)
+        call = target.native(next(iter(case.calls.values()))(dtype))
         call[argument].requires_grad_()
         result = as_tuple(case.op(**call))
         for output in result:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import longctx
-from cases import int32, randn
+from cases import DTYPES, int32, randn
 from longctx.prefill import (
     AShape,
     AttentionContext,
@@ -194,7 +194,7 @@ def test_same_call_same_bits(name: str) -> None:
 def test_dtypes(name: str) -> None:
     """Selection runs in the dtype of q; the result is that of the same pattern."""
     case, policy = CALLS["batch"], POLICIES[name]
-    for dtype in (torch.bfloat16, torch.float16, torch.float64):
+    for dtype in DTYPES[1:]:
         q, k, v = (t.to(dtype) for t in (case.q, case.k, case.v))
         pattern = policy.select(q, k, case.context)
         out, lse = policy.attend(q, k, v, case.context)

@@ -185,6 +185,7 @@ def test_nan_outside_the_visible_part_is_never_read() -> None:
             assert torch.equal(clean[1], dirty[1])
 
 
+@pytest.mark.runs_on("cpu", reason="thread counts: of the CPU kernels")
 def test_result_does_not_depend_on_threads() -> None:
     scores = random_scores(2, 3, 40, 40)
     before = torch.get_num_threads()

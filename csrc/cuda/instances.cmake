@@ -6,6 +6,7 @@ set(LONGCTX_CUDA_SOURCES
   csrc/cuda/antidiagonal_scores.cu
   csrc/cuda/attention_mass.cu
   csrc/cuda/block_scores.cu
+  csrc/cuda/attention.cu
   csrc/cuda/instances.cpp
   csrc/cuda/merge_states.cu
   csrc/cuda/schedule.cu)
@@ -28,6 +29,12 @@ function(longctx_cuda_kernel kernel family arguments)
     endforeach()
   endforeach()
 endfunction()
+
+set(attention_arguments
+  "const longctx::AttentionParams&, const longctx::BlockList*, const longctx::cuda::AttentionPlan&")
+longctx_cuda_kernel(attention sm_80 "${attention_arguments}"
+  DTYPES bfloat16 float16 HEAD_DIMS 64 96 128 192 256)
+longctx_cuda_kernel(attention_fp32 sm_80 "${attention_arguments}" DTYPES float32 HEAD_DIMS 64 128 256)
 
 # One 16-bit dtype each, and the two head_dims that most models have.
 set(LONGCTX_REPRESENTATIVE_INSTANCES bfloat16-128 float16-64 float32-64)

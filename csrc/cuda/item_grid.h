@@ -9,8 +9,9 @@ namespace longctx::cuda {
 // A work item is a tile of query rows and those heads of one kv head that visit the same keys; its
 // keys may be split over several blocks.
 struct ItemGrid {
-  int64_t block_rows = 0;        // query rows of an item; block_size_q with a block list
-  int64_t blocks_per_seq = 0;    // upper bound; packed: of all sequences together
+  int64_t block_rows = 0;        // query rows of an item
+  int64_t blocks_per_seq = 0;    // dense: upper bound; packed: of all sequences together
+  int64_t items_per_block = 1;   // block list: block_size_q / block_rows
   int64_t heads_per_item = 1;    // divides the group
   int64_t head_groups = 1;       // num_q_heads / heads_per_item
   int64_t groups_at_a_time = 1;  // dense: head groups whose keys share the L2 cache
@@ -22,7 +23,8 @@ struct ItemGrid {
 
 // Blocks that a launch needs.
 inline int64_t num_items(const AttentionParams& p, const BlockList* blocks, const ItemGrid& grid) {
-  const int64_t rows = blocks == nullptr ? grid.blocks_per_seq : blocks->num_q_blocks;
+  const int64_t rows =
+      blocks == nullptr ? grid.blocks_per_seq : blocks->num_q_blocks * grid.items_per_block;
   return p.seqs.batch * rows * grid.head_groups * grid.num_splits;
 }
 

@@ -7,6 +7,8 @@ namespace longctx::cuda {
 
 void run_attention_mass_cuda(const AttentionMassParams& params);
 void run_block_scores_cuda(const BlockScoresParams& params);
+void run_attention_cuda(const AttentionParams& params);
+void run_block_sparse_attention_cuda(const BlockSparseAttentionParams& params);
 void run_merge_states_cuda(const MergeStatesParams& params);
 
 }  // namespace longctx::cuda

@@ -11,6 +11,8 @@
 #include "cuda/runtime.h"
 #include "ops/attention_mass.h"
 #include "ops/block_scores.h"
+#include "ops/attention.h"
+#include "ops/block_sparse_attention.h"
 #include "ops/merge_states.h"
 
 // Only a CUDA torch defines this. Weak, so that the library also loads beside a CPU-only torch.
@@ -109,5 +111,8 @@ STABLE_TORCH_LIBRARY_IMPL(longctx, CUDA, m) {
   m.impl("attention_mass",
          TORCH_BOX(&OnDevice<&attention_mass<cuda::run_attention_mass_cuda>>::run));
   m.impl("block_scores", TORCH_BOX(&OnDevice<&block_scores<cuda::run_block_scores_cuda>>::run));
+  m.impl("attention", TORCH_BOX(&OnDevice<&attention<cuda::run_attention_cuda>>::run));
+  m.impl("block_sparse_attention",
+         TORCH_BOX(&OnDevice<&block_sparse_attention<cuda::run_block_sparse_attention_cuda>>::run));
   m.impl("merge_states", TORCH_BOX(&OnDevice<&merge_states<cuda::run_merge_states_cuda>>::run));
 }

@@ -175,10 +175,12 @@ struct KeyTile {
 template <int kTileKeys, int kMaxRows>
 class KeyTiles {
  public:
+  LONGCTX_DEVICE explicit KeyTiles(ItemMask<kMaxRows>& mask) : mask_(mask) {}
+
   // `row` is the item's row of `blocks`, if there are any. The mask has its extents.
-  LONGCTX_DEVICE KeyTiles(const BlockList* blocks, BlockRow row, const Item& item,
-                          int64_t num_splits, ItemMask<kMaxRows>& mask)
-      : mask_(mask), listed_(blocks != nullptr) {
+  LONGCTX_DEVICE void begin(const BlockList* blocks, BlockRow row, const Item& item,
+                            int64_t num_splits) {
+    listed_ = blocks != nullptr;
     KeyPlan plan;
     plan.k_len = static_cast<int32_t>(item.seq.k_len);
     plan.entries = row.begin;
@@ -195,7 +197,7 @@ class KeyTiles {
     tile_ = static_cast<int32_t>(num_tiles * item.split / num_splits);
     plan.num_tiles = static_cast<int32_t>(num_tiles * (item.split + 1) / num_splits);
     device::sync_warp();
-    if (device::lane_index() == 0) mask.plan = plan;
+    if (device::lane_index() == 0) mask_.plan = plan;
     device::sync_warp();
     if (!listed_) return;
     skip_entries((tile_ >> plan.tiles_per_entry_shift) << plan.entries_per_tile_shift);
@@ -377,8 +379,7 @@ class KeyTiles {
   int32_t tile_ = 0;
   int32_t last_entry_ = -1;
   int32_t upcoming_[kSlots];  // entries of tile_, slot by slot; with large blocks lane 0 holds it
-  bool listed_;
-  bool started_ = false, counts_ = false;
+  bool listed_ = false, started_ = false, counts_ = false;
 };
 
 }  // namespace longctx::cuda

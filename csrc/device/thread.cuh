@@ -78,6 +78,12 @@ LONGCTX_DEVICE float exp2_fast(float x) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
   return result;
 }
+// 1 / x, one unit in the last place off at most; subnormals flush to zero.
+LONGCTX_DEVICE float reciprocal_fast(float x) {
+  float result;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
 
 #else
 
@@ -145,6 +151,7 @@ LONGCTX_DEVICE float exp2_fast(float x) {
   const float result = exp2f(x);
   return result < FLT_MIN ? 0.0f : result;
 }
+LONGCTX_DEVICE float reciprocal_fast(float x) { return 1.0f / x; }
 
 #endif  // LONGCTX_SIMT
 

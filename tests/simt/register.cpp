@@ -3,6 +3,8 @@
 #include "cuda/kernels.h"
 #include "ops/attention_mass.h"
 #include "ops/block_scores.h"
+#include "ops/attention.h"
+#include "ops/block_sparse_attention.h"
 #include "ops/merge_states.h"
 #include "simt.h"
 
@@ -50,5 +52,8 @@ STABLE_TORCH_LIBRARY_IMPL(longctx, CPU, m) {
   using namespace longctx::cuda;
   m.impl("attention_mass", TORCH_BOX(&attention_mass<run_attention_mass_cuda>));
   m.impl("block_scores", TORCH_BOX(&block_scores<run_block_scores_cuda>));
+  m.impl("attention", TORCH_BOX(&attention<run_attention_cuda>));
+  m.impl("block_sparse_attention",
+         TORCH_BOX(&block_sparse_attention<run_block_sparse_attention_cuda>));
   m.impl("merge_states", TORCH_BOX(&merge_states<run_merge_states_cuda>));
 }
