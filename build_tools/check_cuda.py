@@ -2,7 +2,7 @@
 
 check_cuda.py BUILD reads BUILD/cuda_objects.txt, the objects that it names, what ptxas said about each
 (OBJECT.ptxas, kept by compile_cuda.sh) and BUILD/liblongctx_cuda.so:
-  no kernel spills registers;
+  no kernel spills registers, no WGMMA product waits for the one before it;
   instances use tensor cores and the copies of their architecture; none is compiled for another one;
   no instance asks for more shared memory than every device of its family has;
   the library loads beside a torch without CUDA, and needs no library that such a machine may lack.
@@ -28,7 +28,7 @@ KIB = 1024
 class Family:
     """What the instances of a family must have and may use."""
 
-    # Opcodes, in every cubin of an instance with 16-bit operands.
+    # Opcodes that every cubin of a kernel with 16-bit operands has.
     opcodes: tuple[str, ...]
     # Dynamic shared memory of a block: 99 KiB is what the smallest devices since Ampere have (sm_86, sm_89, sm_120).
     shared_bytes: int
@@ -41,26 +41,28 @@ FAMILIES = {
     "sm_90a": Family(("HGMMA", "UTMALDG"), 227 * KIB, re.compile(r"sm_90a")),
 }
 INSTANCE = re.compile(r"(?P<kernel>\w+)_(?P<family>sm_80|sm_90a)_(?P<dtype>[a-z]+\d+)_(?P<head_dim>\d+)\.cu\.o")
+# Other files whose kernels multiply 16-bit matrices.
+MULTIPLY = ("antidiagonal_scores.cu.o", "attention_mass.cu.o", "block_scores.cu.o")
 NEEDED = re.compile(r"lib(torch|stdc\+\+|gcc_s|c|m|dl|rt|pthread)\.so(\.\d+)?|ld-linux-.*")
 # What the linker and libstdc++ leave weak; and the one symbol that only a CUDA torch has.
 WEAK = re.compile(r"_ITM_\w+|__gmon_start__|__cxa_\w+|__pthread_\w+|aoti_torch_get_current_cuda_stream")
 
 
-def spills(object_path: Path) -> Iterator[str]:
+def compiler_findings(object_path: Path) -> Iterator[str]:
+    """What ptxas said: register spills, and WGMMA products that wait for each other."""
     log = object_path.with_name(object_path.name + ".ptxas").read_text()
-    entries = re.findall(
-        r"Compiling entry function '(\w+)' for '(\w+)'"
-        r"|(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads",
-        log,
-    )
     kernel, architecture = "", ""
-    for name, target, _, stores, loads in entries:
+    for name, target, stores, loads in re.findall(
+        r"Compiling entry function '(\w+)' for '(\w+)'|(\d+) bytes spill stores, (\d+) bytes spill loads", log
+    ):
         if name:
             kernel, architecture = name, target
         elif int(stores) + int(loads) > 0:
             yield f"{object_path.name}: {kernel} for {architecture} spills: {stores} bytes stored, {loads} loaded"
-    if not entries:
-        yield f"{object_path.name}: nothing from ptxas in its log"
+    for line in re.findall(r".*wgmma.* serialized.*", log):
+        yield f"{object_path.name}: {line}"
+    if INSTANCE.fullmatch(object_path.name) and not kernel:
+        yield f"{object_path.name}: ptxas compiled no kernel"
 
 
 def tool(name: str) -> str | None:
@@ -95,9 +97,10 @@ def machine_code(cuobjdump: str, object_path: Path) -> dict[str, set[str]]:
 def wrong_code(cuobjdump: str, object_path: Path) -> Iterator[str]:
     instance = INSTANCE.fullmatch(object_path.name)
     family = FAMILIES[instance["family"] if instance else "sm_80"]
-    needed = family.opcodes if instance and instance["dtype"] != "float32" else ()
+    multiplies = instance["dtype"] != "float32" if instance else object_path.name in MULTIPLY
+    needed = family.opcodes if multiplies else ()
     code = machine_code(cuobjdump, object_path)
-    if not code:
+    if multiplies and not code:
         yield f"{object_path.name}: no machine code"
     for architecture, opcodes in sorted(code.items()):
         if not family.architecture.fullmatch(architecture):
@@ -150,7 +153,9 @@ def main() -> int:
 
     objects = [Path(line) for line in (args.objects or args.build / "cuda_objects.txt").read_text().split()]
     objects = [path for path in objects if path.name.endswith(".cu.o")]
-    findings = [finding for path in objects for finding in spills(path)]
+    findings = [f"{path.name}: not compiled" for path in objects if not path.is_file()]
+    objects = [path for path in objects if path.is_file()]
+    findings += [finding for path in objects for finding in compiler_findings(path)]
     cuobjdump = tool("cuobjdump") if tool("nvdisasm") else None
     if cuobjdump is not None:
         findings += [finding for path in objects for finding in wrong_code(cuobjdump, path)]

@@ -1,5 +1,5 @@
-// Lane vectors: what every word of csrc/device makes of each thread's registers. Recorded with the
-// emulation (LONGCTX_SIMT), replayed there and on a GPU.
+// Lane vectors: what every word of csrc/device makes of each thread's registers. Recorded on CPU
+// fibers (LONGCTX_SIMT), replayed there and on a GPU.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -48,7 +48,10 @@ struct Case {
   float relative;
   float absolute;
   void (*fill)(Random& random, int thread, uint32_t* in);
-  void (*run)(const uint32_t* in, uint32_t* out);  // [threads, words_in], [threads, words_out]
+  // in [threads, words_in], out [threads, words_out]
+  void (*run)(const uint32_t* in, uint32_t* out);
+  // What a record writes; null: what run() returns.
+  void (*expected)(const uint32_t* in, uint32_t* out) = nullptr;
 };
 
 // What a case says where it has nothing to add.
@@ -82,5 +85,6 @@ Case make_case() {
 
 std::vector<Case> thread_cases();
 std::vector<Case> matrix_cases();
+std::vector<Case> hopper_cases();
 
 }  // namespace longctx::lanes

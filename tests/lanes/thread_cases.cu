@@ -161,6 +161,23 @@ struct Exp2 : Defaults {
   }
 };
 
+struct Reciprocal : Defaults {
+  static constexpr const char* kName = "reciprocal_fast";
+  static constexpr const char* kWords = "reciprocal_fast";
+  static constexpr int kIn = 1, kOut = 1;
+  static constexpr float kRelative = 0x1p-22f;
+  static void fill(Random& random, int thread, uint32_t* in) {
+    constexpr float kInf = __builtin_inff();
+    in[0] = bits_as<uint32_t>(thread == 0   ? kInf
+                              : thread == 1 ? 0.0f
+                              : thread < 16 ? random.between(1, 2)
+                                            : random.between(-1e6f, 1e6f));
+  }
+  LONGCTX_DEVICE static void run(const uint32_t* in, uint32_t* out) {
+    out[0] = bits_as<uint32_t>(device::reciprocal_fast(bits_as<float>(in[0])));
+  }
+};
+
 // All but NaN: its payload is nobody's business.
 struct Conversions : Defaults {
   static constexpr const char* kName = "conversions";
@@ -195,9 +212,10 @@ struct Conversions : Defaults {
 }  // namespace
 
 std::vector<Case> thread_cases() {
-  return {make_case<Indices>(),   make_case<Shuffle>(), make_case<ShuffleXor>(),
-          make_case<ShuffleUp>(), make_case<Ballot>(),  make_case<AtomicAdd>(),
-          make_case<Barriers>(),  make_case<Exp2>(),    make_case<Conversions>()};
+  return {make_case<Indices>(),    make_case<Shuffle>(), make_case<ShuffleXor>(),
+          make_case<ShuffleUp>(),  make_case<Ballot>(),  make_case<AtomicAdd>(),
+          make_case<Barriers>(),   make_case<Exp2>(),    make_case<Reciprocal>(),
+          make_case<Conversions>()};
 }
 
 }  // namespace longctx::lanes
