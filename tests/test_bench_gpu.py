@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 import subprocess
 import sys
@@ -16,6 +15,7 @@ import torch
 from longctx.benchmark import gpu, gpu_cases
 from longctx.benchmark.gpu_cases import CASES, HEADLINE, GpuCase
 from longctx.benchmark.gpu_targets import TENTH, K
+from longctx.cli import main
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.runs_on("cpu", reason="bench/gpu.sh itself runs it on a GPU")
@@ -119,7 +119,10 @@ SYNTHETIC = gpu.Report(
 
 def test_markdown_of_a_synthetic_result() -> None:
     text = gpu.markdown(SYNTHETIC)
-    assert "| attention | dense causal bf16 D=128, 32 heads | 16384 | longctx | 10.000 |  | 400.0 | 50% | 200 | 5% |" in text
+    assert (
+        "| attention | dense causal bf16 D=128, 32 heads | 16384 | longctx | 10.000 |  | 400.0 | 50% | 200 | 5% |"
+        in text
+    )
     assert "| sdpa flash | 9.000 | 0.90x |" in text
     assert "not timed: RuntimeError: no / kernel" in text
     assert "| best SDPA backend | 0.9 | 0.85 | 1.1 |" in text
@@ -162,8 +165,15 @@ def test_written_and_read_again(tmp_path: Path) -> None:
 
 def test_selected() -> None:
     assert gpu.selected(CASES, "merge_states", None) == [case for case in CASES if case.op == "merge_states"]
-    assert max(case.length for case in gpu.selected(CASES, None, 16 * K)) == 16 * K
-    assert math.isinf(float("inf")) and gpu.selected(CASES, None, None) == CASES
+    assert [case.dtype for case in gpu.selected(CASES, "attention", "float16")] == ["float16"]
+    assert gpu.selected(CASES) == CASES
+
+
+def test_bench_on_cuda_needs_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("a GPU is there")
+    assert main(["bench", "--device", "cuda"]) == 2
+    assert "needs a GPU" in capsys.readouterr().err
 
 
 # ---- bench/gpu.sh ----

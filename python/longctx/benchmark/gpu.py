@@ -6,6 +6,7 @@ number. Contenders take turns; inputs rotate through more memory than the L2 cac
 
 from __future__ import annotations
 
+import argparse
 import functools
 import json
 import math
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 import longctx
-from longctx.benchmark.gpu_cases import GpuCase, Inputs, Work
+from longctx.benchmark.gpu_cases import CASES, GpuCase, Inputs, Work
 from longctx.benchmark.gpu_targets import Target, evaluated
 
 ROTATED_BYTES = 1 << 28  # several times the L2 cache
@@ -325,5 +326,28 @@ def write(report: Report, directory: Path) -> None:
     (directory / "gpu.md").write_text(markdown(report))
 
 
-def selected(cases: Sequence[GpuCase], op: str | None, longest: int | None) -> list[GpuCase]:
-    return [case for case in cases if op in (None, case.op) and (longest is None or case.length <= longest)]
+def main(args: argparse.Namespace) -> list[Result]:
+    """`longctx bench --device cuda`: measures the selected cases and prints each as it is done."""
+    if not torch.cuda.is_available():
+        raise ValueError("bench --device cuda needs a GPU and a torch with CUDA")
+    start = time.monotonic()
+    report = Report(environment())
+    print(json.dumps(report.environment), flush=True)
+    report.ceilings = ceilings()
+    print("\n".join(HEAD), flush=True)
+    measure_all(
+        selected(CASES, args.op, args.dtype),
+        report,
+        length=args.length,
+        deadline=math.inf if args.seconds is None else start + args.seconds,
+        say=functools.partial(print, flush=True),
+        save=lambda report: None if args.out is None else write(report, args.out),
+    )
+    if args.json is not None:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(report.document(), indent=1) + "\n")
+    return report.results
+
+
+def selected(cases: Sequence[GpuCase], op: str | None = None, dtype: str | None = None) -> list[GpuCase]:
+    return [case for case in cases if op in (None, case.op) and dtype in (None, case.dtype)]

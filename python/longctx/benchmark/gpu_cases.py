@@ -45,6 +45,7 @@ class GpuCase:
     length: int
     make: Callable[[int, str], Work]
     small: int = 4 * BLOCK  # the length at which a test without a GPU builds and runs it
+    dtype: str = "bfloat16"
 
     def work(self, device: str, length: int | None = None) -> Work:
         return self.make(length or self.length, device)
@@ -261,7 +262,8 @@ def policy_on_prompt(length: int, device: str, *, spec: str) -> Work:
 
 def case(title: str, op: str, length: int, make: Callable[..., Work], **options: Any) -> GpuCase:
     small = 4 * BLOCK if make is not policy_on_prompt else 2048
-    return GpuCase(title, op, length, functools.partial(make, **options), small)
+    dtype = str(options.get("dtype", torch.bfloat16)).removeprefix("torch.")
+    return GpuCase(title, op, length, functools.partial(make, **options), small, dtype)
 
 
 K = 1024
