@@ -31,14 +31,7 @@ def small_calls() -> None:
 def profiled_calls() -> None:
     from longctx.benchmark.gpu_cases import CASES
 
-    for op in (
-        "attention",
-        "block_sparse_attention",
-        "merge_states",
-        "block_scores",
-        "select_blocks",
-        "attention_mass",
-    ):
+    for op in dict.fromkeys(case.op for case in CASES if case.op != "policy"):
         case = next(case for case in CASES if case.op == op)
         work = case.work("cuda", min(case.length, 16384))
         work.contenders["longctx"](work.inputs)
