@@ -77,7 +77,7 @@ def call(batch: int, seqlen_q: int, seqlen_k: int, *, seed: int = 0, head_dim: i
 
 def rope(positions: Tensor) -> tuple[Tensor, Tensor]:
     """The rotary embedding of 12 of 16 channels, base 100."""
-    angles = positions[..., None].float() * 100.0 ** (-torch.arange(6) / 6.0)
+    angles = positions[..., None].float() * 100.0 ** (-torch.arange(6, device=positions.device) / 6.0)
     angles = torch.cat([angles, angles], -1)
     return angles.cos(), angles.sin()
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 
 import support_matrix
 import target
-from conftest import is_full_run
+from conftest import RECORDING, is_full_run
 from longctx.testing import ISAS, available_isas
 from support_matrix import Entry
 
@@ -20,6 +23,14 @@ def test_table_round_trip() -> None:
         for dim in dims
     ) | {Entry("attention", "cpu", "float32", "forward", "amx", 80)}
     assert support_matrix.parse(support_matrix.render(entries)) == entries
+
+
+def test_recording_files_are_those_that_record() -> None:
+    """A run of these alone may write the table."""
+    for path in Path(__file__).parent.glob("test_*.py"):
+        imports = [line for line in path.read_text().splitlines() if line.startswith("from checks import")]
+        records = any(re.search(r"\b(record|check_attention)\b", line) for line in imports)
+        assert records == (path in RECORDING), path.name
 
 
 def test_committed_table_names_known_devices() -> None:

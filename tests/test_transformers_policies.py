@@ -20,9 +20,9 @@ from transformers_models import NAMES, padding, tiny, tokens
 LENGTH = 300
 CLOSE = {"atol": 5e-5, "rtol": 5e-5}
 POLICIES = (
-    "flexprefill:gamma=0.6,block_size=32,min_budget=64",
+    "flexprefill:gamma=0.6,block_size=32,min_budget=32",
     "ashape:num_sink_tokens=8,window_size=40",
-    "blocktopk:top_k=2,block_size=32",
+    "blocktopk:top_k=1,block_size=32,num_first_blocks=0",
     "xattention:threshold=0.6,stride=8,block_size=32",
     "random:density=0.3,block_size=32",
     "oracle:density=0.3,block_size=32",

@@ -64,10 +64,21 @@ def run_demo(args: argparse.Namespace) -> int:
 
 
 def add_bench(parser: argparse.ArgumentParser) -> None:
-    from longctx.benchmark.run import add_arguments, main
+    from longctx.benchmark.run import add_arguments
 
     add_arguments(parser)
-    parser.set_defaults(run=lambda args: 0 if main(args) else 1)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where to measure")
+    on_gpu = parser.add_argument_group("with --device cuda")
+    on_gpu.add_argument("--seconds", type=float, help="stop starting cases after so long")
+    on_gpu.add_argument("--out", type=Path, metavar="DIR", help="write gpu.json and gpu.md there")
+    parser.set_defaults(run=run_bench)
+
+
+def run_bench(args: argparse.Namespace) -> int:
+    from longctx.benchmark import gpu, run
+
+    rows = gpu.main(args) if args.device == "cuda" else run.main(args)
+    return 0 if rows else 1
 
 
 def add_info(parser: argparse.ArgumentParser) -> None:

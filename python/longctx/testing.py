@@ -86,3 +86,16 @@ def force_isa(isa: str) -> Iterator[None]:
         yield
     finally:
         torch.ops.longctx._force_isa(before)
+
+
+@contextmanager
+def force_cuda_path(path: Literal["auto", "sm80", "sm90"]) -> Iterator[None]:
+    """Inside, 16-bit attention on CUDA takes this path, and raises where it cannot; "auto" changes nothing."""
+    if path == "auto":
+        yield
+        return
+    torch.ops.longctx._force_cuda_path(path)
+    try:
+        yield
+    finally:
+        torch.ops.longctx._force_cuda_path("auto")

@@ -14,6 +14,7 @@ import torch
 
 import longctx
 from longctx.benchmark.cases import CASES, Case
+from longctx.benchmark.gpu_cases import CASES as GPU_CASES
 from longctx.benchmark.timing import matmul_ceiling, time_interleaved
 
 
@@ -99,10 +100,10 @@ def markdown(rows: Sequence[Row]) -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options that `longctx bench` and `bench/run.py` share."""
-    ops = sorted({case.op for case in CASES})
+    ops = sorted({case.op for case in CASES} | {case.op for case in GPU_CASES})
     parser.add_argument("--op", choices=ops, help="only this op")
     parser.add_argument("--length", type=int, help="sequence length instead of each case's own")
-    parser.add_argument("--dtype", choices=sorted({str(c.dtype).removeprefix("torch.") for c in CASES}))
+    parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--rounds", type=int, default=7, help="turns per contender (default %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="torch threads (default %(default)s)")
     parser.add_argument("--json", type=Path, metavar="OUT", help="also write the rows as JSON")

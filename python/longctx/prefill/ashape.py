@@ -12,6 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from longctx.prefill.cost import Lengths
 from longctx.prefill.grid import token_intervals, token_rows
 from longctx.prefill.policy import AttentionContext, Pattern, Policy
 
@@ -32,6 +33,9 @@ class AShape(Policy):
     def __post_init__(self) -> None:
         self._require("num_sink_tokens", self.num_sink_tokens >= 0, "be >= 0")
         self._require("window_size", self.window_size >= 1, "be >= 1")
+
+    def least_cost(self, lengths: Lengths) -> float:
+        return lengths.kept(self.num_sink_tokens + self.window_size)
 
     def select(self, q: Tensor, k: Tensor, context: AttentionContext) -> Pattern:
         self._require_causal(context)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from longctx.ops import block_scores, select_blocks
+from longctx.prefill.cost import Lengths
 from longctx.prefill.grid import Rows, Sequences, first_visible, visible_tiles
 from longctx.prefill.policy import AttentionContext, Pattern, Policy
 
@@ -35,6 +36,9 @@ class BlockTopK(Policy):
         self._require("num_first_blocks", self.num_first_blocks >= 0, "be >= 0")
         self._require("num_local_blocks", self.num_local_blocks >= 0, "be >= 0")
         self._require_one_of("block_size", 16, 32, 64, 128)
+
+    def least_cost(self, lengths: Lengths) -> float:
+        return lengths.kept((self.top_k + self.num_first_blocks + self.num_local_blocks) * self.block_size)
 
     def select(self, q: Tensor, k: Tensor, context: AttentionContext) -> Pattern:
         self._require_causal(context)

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from longctx.prefill.cost import Lengths
 from longctx.prefill.policy import AttentionContext, Pattern, Policy
 
 
@@ -15,6 +16,9 @@ class Dense(Policy):
     """Attention over everything the predicate of the call shows."""
 
     name: ClassVar[str] = "dense"
+
+    def least_cost(self, lengths: Lengths) -> float:
+        return 1.0
 
     def select(self, q: Tensor, k: Tensor, context: AttentionContext) -> Pattern:
         return Pattern.of(q, k, context)

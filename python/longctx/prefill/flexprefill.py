@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from longctx.ops import block_scores, select_blocks
+from longctx.prefill.cost import Lengths
 from longctx.prefill.grid import Rows, Sequences, ceil_div, first_visible, visible_tiles
 from longctx.prefill.policy import AttentionContext, Pattern, Policy
 from longctx.prefill.probe import Probe, shown
@@ -43,6 +44,10 @@ class FlexPrefill(Policy):
         self._require("tau", self.tau >= 0.0, "be >= 0")
         self._require("min_budget", self.min_budget >= 0, "be >= 0")
         self._require_one_of("block_size", 16, 32, 64, 128)
+
+    def least_cost(self, lengths: Lengths) -> float:
+        # The probe scores all keys twice, without values.
+        return lengths.kept(self.min_budget) + lengths.probed(self.block_size)
 
     def select(self, q: Tensor, k: Tensor, context: AttentionContext) -> Pattern:
         self._require_causal(context)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from longctx.ops import attention, merge_states
 from longctx.prefill.ashape import AShape, sinks_and_window
+from longctx.prefill.cost import Lengths
 from longctx.prefill.grid import Rows, Sequences, token_rows
 from longctx.prefill.policy import AttentionContext, Pattern, Policy, Rope
 
@@ -43,6 +44,9 @@ class LMInfinite(Policy):
     @property
     def changes_logits(self) -> bool:
         return True
+
+    def least_cost(self, lengths: Lengths) -> float:
+        return lengths.kept(self.window_size)  # all of it: no key is far, and nothing moves
 
     def select(self, q: Tensor, k: Tensor, context: AttentionContext) -> Pattern:
         mask = AShape(num_sink_tokens=self.num_global_tokens, window_size=self.window_size)

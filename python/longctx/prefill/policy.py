@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from longctx.ops import attention, block_sparse_attention, select_blocks
+from longctx.prefill.cost import MAX_COST, REASON, Lengths
 from longctx.prefill.grid import (
     Predicate,
     Rows,
@@ -189,6 +190,18 @@ class Policy:
     def changes_logits(self) -> bool:
         """Whether scores differ from those of dense attention; its coverage is then undefined."""
         return False
+
+    def least_cost(self, lengths: Lengths) -> float:
+        """What selection and attention cost at least, as a share of dense attention; 0 where nothing is known."""
+        return 0.0
+
+    def why_dense(self, lengths: Lengths) -> str:
+        """Why a call of these lengths should run dense instead; empty if this policy can pay.
+
+        Whoever runs a policy on behalf of a user asks this first (the transformers integration does); a policy that is
+        called directly always runs. Where logits change, dense attention replaces a policy only if it is the same.
+        """
+        return REASON if self.least_cost(lengths) >= (1.0 if self.changes_logits else MAX_COST) else ""
 
     def select(self, q: Tensor, k: Tensor, context: AttentionContext) -> Pattern:
         """The scores that this call computes."""

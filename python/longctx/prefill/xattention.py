@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from longctx.ops import block_scores, select_blocks
+from longctx.prefill.cost import Lengths
 from longctx.prefill.grid import Rows, Sequences, first_visible, visible_tiles
 from longctx.prefill.policy import AttentionContext, Pattern, Policy
 
@@ -33,6 +34,10 @@ class XAttention(Policy):
         self._require("threshold", 0.0 < self.threshold <= 1.0, "be in (0, 1]")
         self._require_one_of("stride", 4, 8, 16, 32)
         self._require("stride", self.stride <= self.block_size, f"be at most block_size = {self.block_size}")
+
+    def least_cost(self, lengths: Lengths) -> float:
+        # The estimate is a part of q k^T, which is half of attention; the first block and its own are kept.
+        return lengths.kept(2 * self.block_size) + 0.5 / self.stride
 
     def select(self, q: Tensor, k: Tensor, context: AttentionContext) -> Pattern:
         self._require_causal(context)

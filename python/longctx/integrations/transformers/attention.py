@@ -14,6 +14,7 @@ from longctx.integrations.transformers.stats import LayerCounts
 from longctx.integrations.transformers.unsupported import refuse_unsupported
 from longctx.ops import attention
 from longctx.prefill import AttentionContext, Dense, Policy
+from longctx.prefill.cost import Lengths
 
 # Where a layer keeps its state. A plain attribute survives deepcopy and torch.compile, and is not saved.
 STATE = "_longctx"
@@ -68,7 +69,7 @@ def attention_forward(
         "sinks": None if s_aux is None else s_aux.float(),
     }
     state, counted = _state(module)
-    why_dense = _why_dense(state, is_causal, query.shape[2])
+    why_dense = _why_dense(state, is_causal, query.shape[2], key.shape[2], sliding_window)
     if state is None or why_dense:
         out, _ = attention(query, key, value, **options)
         if state is not None and counted and not torch.compiler.is_compiling():
@@ -105,15 +106,20 @@ def _state(module: nn.Module) -> tuple[LayerState | None, bool]:
     return state, True
 
 
-def _why_dense(state: LayerState | None, is_causal: bool, seqlen_q: int) -> str:
-    """Why this call does not go through a policy; empty if it does."""
+def _why_dense(
+    state: LayerState | None, is_causal: bool, seqlen_q: int, seqlen_k: int, sliding_window: int | None
+) -> str:
+    """Why this call does not go through a policy; empty if it does. Shapes decide, and the policy's budgets."""
     if state is None:
         return "no policy"
     if isinstance(state.policy, Dense):
         return "policy"
     if not is_causal:
         return "not causal"
-    return f"seqlen_q < {state.min_seqlen_q}" if seqlen_q < state.min_seqlen_q else ""
+    if seqlen_q < state.min_seqlen_q:
+        return f"seqlen_q < {state.min_seqlen_q}"
+    window_size_left = -1 if sliding_window is None else sliding_window - 1
+    return state.policy.why_dense(Lengths(seqlen_q=seqlen_q, seqlen_k=seqlen_k, window_size_left=window_size_left))
 
 
 @torch.compiler.disable  # a compiled model runs its policies between two graphs, and its decoding in one

@@ -26,7 +26,8 @@ def apply(model: PreTrainedModel, policy: str | Policy, *, min_seqlen_q: int = 1
         model: any transformers model whose attention goes through `AttentionInterface`. Of a multimodal model, the
             text model is changed and the rest left alone.
         policy: a `Policy`, or its name and options (``"flexprefill:gamma=0.9"``). ``"dense"`` only swaps kernels.
-        min_seqlen_q: calls with fewer queries than this run dense: decoding, assisted decoding, short prompts.
+        min_seqlen_q: calls with fewer queries than this run dense: decoding, assisted decoding, short prompts. So do
+            calls of which the policy would keep nearly everything, by its budgets (`Policy.why_dense`).
 
     Returns:
         `model` itself, changed in place. A second call replaces the policy and starts new statistics.

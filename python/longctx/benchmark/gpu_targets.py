@@ -1,0 +1,97 @@
+"""The ratios that the CUDA backend is held to, worked out from measured cases and from nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from longctx.benchmark.gpu_cases import DENSE_16K, FLEXPREFILL, SPARSE
+
+if TYPE_CHECKING:
+    from longctx.benchmark.gpu import Result
+
+K = 1024
+TENTH = SPARSE.format(0.1)
+
+
+@dataclass(frozen=True)
+class Target:
+    """A ratio with what it should reach: at least `minimum`, or at most it where `at_most`."""
+
+    work: str
+    beside: str
+    minimum: float
+    goal: float | None
+    measured: float | None  # None: a case that it needs was not timed
+    at_most: bool = False
+
+    @property
+    def met(self) -> bool | None:
+        if self.measured is None:
+            return None
+        return self.measured <= self.minimum if self.at_most else self.measured >= self.minimum
+
+    def line(self) -> str:
+        measured = "not measured" if self.measured is None else f"{self.measured:.3g}"
+        if self.met is False:
+            measured = f"**{measured}**, missed"
+        relation = "at most " if self.at_most else ""
+        goal = "" if self.goal is None else f"{self.goal:g}"
+        return f"| {self.work} | {self.beside} | {measured} | {relation}{self.minimum:g} | {goal} |"
+
+
+def evaluated(results: Sequence[Result]) -> list[Target]:
+    """Every target; measured where its cases were."""
+    by_case = {(result.case, result.length): result for result in results}
+
+    def seconds(case: str, length: int, contender: str, *, best: bool = False) -> float | None:
+        result = by_case.get((case, length))
+        if result is None:
+            return None
+        if best:
+            found = result.best(contender)
+            return None if found is None else found[1]
+        return result.seconds.get(contender)
+
+    def ratio(above: float | None, below: float | None) -> float | None:
+        return None if above is None or below is None else above / below
+
+    def sparse_efficiency() -> float | None:
+        """Dense time, scaled to the pairs that the sparse call visits, over its time."""
+        result = by_case.get((TENTH, 64 * K))
+        if result is None or result.ours is None or "longctx dense" not in result.seconds:
+            return None
+        visited = result.flops / (4.0 * 32 * 128)
+        share = visited / (64 * K * (64 * K + 1) / 2)
+        return share * result.seconds["longctx dense"] / result.ours
+
+    def beside(case: str, length: int, contender: str, ours: str = "longctx") -> Callable[[], float | None]:
+        best = contender.endswith("*")
+        return lambda: ratio(seconds(case, length, contender.removesuffix("*"), best=best), seconds(case, length, ours))
+
+    policy_ratio = beside(FLEXPREFILL, 128 * K, "sdpa*")
+    rows: list[tuple[str, str, float, float | None, bool, Callable[[], float | None]]] = [
+        ("dense causal bf16 D=128, 16k, 32 heads", "best SDPA backend", 0.85, 1.1, False,
+         beside(DENSE_16K, 16 * K, "sdpa*")),
+        ("efficiency of computed blocks, 10%, 64k, blocks of 128", "our own dense kernel", 0.80, 0.95, False,
+         sparse_efficiency),
+        ("10% density, 64k", "best dense SDPA backend", 6, 9, False, beside(TENTH, 64 * K, "sdpa*")),
+        ("10% density, 64k", "compiled FlexAttention", 1.5, 2.5, False, beside(TENTH, 64 * K, "flex")),
+        ("FlexPrefill end to end, 128k, the demo's prompt", "best dense SDPA backend", 3, 6, False, policy_ratio),
+        ("sm_80 path, dense D=128, 16k", "SDPA flash backend", 0.6, 0.8, False,
+         beside(DENSE_16K, 16 * K, "sdpa flash", "longctx sm_80 path")),
+        *(
+            (f"FlexPrefill's selection, {length // K}k", "our own dense kernel", 0.03, None, True,
+             lambda length=length: ratio(seconds(FLEXPREFILL, length, "selection"),
+                                         seconds(FLEXPREFILL, length, "longctx dense")))
+            for length in (32 * K, 128 * K)
+        ),
+        ("sparse kernel at density 1, 16k", "our own dense kernel", 1.02, None, True,
+         lambda: ratio(seconds(SPARSE.format(1), 16 * K, "longctx"),
+                       seconds(SPARSE.format(1), 16 * K, "longctx dense"))),
+    ]  # fmt: skip
+    return [
+        Target(work, beside_what, minimum, goal, measured(), at_most)
+        for work, beside_what, minimum, goal, at_most, measured in rows
+    ]

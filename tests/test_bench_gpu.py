@@ -1,0 +1,209 @@
+"""`longctx bench --device cuda` and bench/gpu.py as far as a CPU goes: every case is built, checked, timed, written."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from longctx.benchmark import gpu, gpu_cases
+from longctx.benchmark.gpu_cases import CASES, HEADLINE, GpuCase
+from longctx.benchmark.gpu_targets import TENTH, K
+from longctx.cli import main
+
+ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.runs_on("cpu", reason="bench/gpu.sh itself runs it on a GPU")
+EVERY_CASE = [pytest.param(case, id=f"{case.op}-{case.title}-{case.length}") for case in CASES]
+NEEDS_CUDA = {"longctx sm_80 path", "sdpa cudnn", "sdpa efficient"}
+
+
+def test_cases_are_distinct() -> None:
+    assert len({(case.op, case.title, case.length) for case in CASES}) == len(CASES)
+
+
+def smallest(cases: list[GpuCase]) -> list[GpuCase]:
+    """One case of each kind: the options, not the lengths, make the difference on a CPU."""
+    kinds = {(case.op, case.title): case for case in cases if case.small < 2048}
+    return list(kinds.values())
+
+
+@pytest.mark.parametrize("case", smallest(CASES), ids=lambda case: f"{case.op}-{case.title}")
+def test_every_contender_that_a_cpu_has_agrees(case: GpuCase) -> None:
+    work = case.work("cpu", case.small)
+    names, errors = gpu.checked(work, "cpu")
+    assert names[0] == "longctx"
+    assert set(errors) <= NEEDS_CUDA, errors
+    assert work.flops >= 0
+    assert work.bytes > 0
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.op == "attention"], ids=lambda case: case.title)
+def test_inputs_at_full_length(case: GpuCase) -> None:
+    inputs = case.work("meta").inputs
+    assert inputs["k"].shape[2] == case.length
+    assert inputs["q"].device.type == "meta"
+
+
+def test_prompt_case() -> None:
+    case = next(case for case in HEADLINE if case.op == "policy")
+    result = gpu.measure(case, "cpu", length=case.small, rounds=1)
+    assert {"longctx", "selection", "longctx dense", "sdpa flash"} <= set(result.seconds)
+
+
+def test_a_wrong_contender_has_no_time() -> None:
+    case = HEADLINE[0]
+    work = case.work("cpu", 256)
+    wrong = work.contenders | {"wrong": lambda i: gpu_cases.ours(i) + 1.0, "broken": lambda i: i["nothing"]}
+    names, errors = gpu.checked(gpu.Work(work.inputs, wrong, 1.0, 1.0, work.check), "cpu")
+    assert "wrong" not in names
+    assert "broken" not in names
+    assert "not close" in errors["wrong"]
+    assert errors["broken"].startswith("KeyError")
+
+
+def test_density_of_random_tiles() -> None:
+    for columns_per_block in (1, 8):
+        for density in (0.1, 0.5, 1.0):
+            tiles = gpu_cases.random_tiles(2, 64, columns_per_block, density, "cpu")
+            visible = torch.ones(64, 64).tril().bool().repeat_interleave(columns_per_block, 1)
+            assert not (tiles & ~visible).any()
+            assert bool(tiles[:, torch.arange(64), torch.arange(64) * columns_per_block].all())
+            assert float(tiles.sum() / (2 * visible.sum())) == pytest.approx(density, abs=0.03)
+
+
+def test_copies_rotate_through_more_than_a_cache() -> None:
+    inputs = {"q": torch.zeros(1 << 20), "block_size_k": 128}
+    sets = gpu.copies(inputs)
+    assert len(sets) == 8
+    assert len({i["q"].data_ptr() for i in sets}) == 8
+    assert len(gpu.copies({"q": torch.zeros(gpu.ROTATED_BYTES // 4)})) == 1
+
+
+def test_time_budget() -> None:
+    report = gpu.Report({})
+    said: list[str] = []
+    gpu.measure_all(HEADLINE[:2], report, device="cpu", deadline=time.monotonic() - 1.0, say=said.append)
+    assert not report.results
+    assert [text.rpartition(": ")[2] for text in report.not_measured] == ["no time was left"] * 2
+    assert said == report.not_measured
+
+
+def test_ceilings_are_measured() -> None:
+    ceilings = gpu.ceilings("cpu", size=64, copy_bytes=1 << 16)
+    assert ceilings.copy_bytes_per_second > 0
+    assert ceilings.matmul_flops > 0
+
+
+# ---- the report ----
+
+
+def result(case: str, length: int, **seconds: float) -> gpu.Result:
+    names = {name.replace("__", " "): value for name, value in seconds.items()}
+    return gpu.Result("attention", case, length, names, {"sdpa cudnn": "RuntimeError: no | kernel"}, 4e12, 2e9, "sm90")
+
+
+SYNTHETIC = gpu.Report(
+    {"gpu": "a GPU that is none", "build": {"nvcc": "0.0"}},
+    gpu.Ceilings(4e12, 8e14),
+    [result("dense causal bf16 D=128, 32 heads", 16 * K, longctx=0.010, sdpa__flash=0.009, sdpa__efficient=0.02)],
+    ["attention: a case, 128: no time was left"],
+    [{"name": "tests", "outcome": "passed", "seconds": 12.0}],
+)
+
+
+def test_markdown_of_a_synthetic_result() -> None:
+    text = gpu.markdown(SYNTHETIC)
+    assert (
+        "| attention | dense causal bf16 D=128, 32 heads | 16384 | longctx | 10.000 |  | 400.0 | 50% | 200 | 5% |"
+        in text
+    )
+    assert "| sdpa flash | 9.000 | 0.90x |" in text
+    assert "not timed: RuntimeError: no / kernel" in text
+    assert "| best SDPA backend | 0.9 | 0.85 | 1.1 |" in text
+    assert "- attention: a case, 128: no time was left" in text
+    assert "| tests | passed | 12 |" in text
+    cells = [line.count("|") for line in text.splitlines() if line.startswith("| attention")]
+    assert set(cells) == {11}
+
+
+def test_targets_without_their_cases_say_so() -> None:
+    targets = gpu.Report({}).targets()
+    assert len(targets) == 9
+    assert all(target.measured is None and "| not measured |" in target.line() for target in targets)
+    measured = [target for target in SYNTHETIC.targets() if target.measured is not None]
+    assert [target.measured for target in measured] == [pytest.approx(0.9)]
+    assert measured[0].met
+
+
+def test_targets_from_sparse_results() -> None:
+    """10% of the pairs in a tenth of the dense time is an efficiency of 1; half as fast is 0.5, and missed."""
+    pairs = 0.1 * 64 * K * (64 * K + 1) / 2
+    for seconds, efficiency in ((0.01, 1.0), (0.02, 0.5)):
+        names = {"longctx": seconds, "longctx dense": 0.1, "sdpa flash": 0.2, "sdpa cudnn": 0.1, "flex": 0.03}
+        sparse = gpu.Result("block_sparse_attention", TENTH, 64 * K, names, {}, pairs * 4 * 32 * 128, 1.0)
+        targets = {target.beside: target for target in gpu.Report({}, results=[sparse]).targets() if target.measured}
+        assert targets["our own dense kernel"].measured == pytest.approx(efficiency, rel=1e-3)
+        assert targets["our own dense kernel"].met == (efficiency == 1.0)
+        assert targets["best dense SDPA backend"].measured == pytest.approx(0.1 / seconds)
+        assert targets["compiled FlexAttention"].measured == pytest.approx(0.03 / seconds)
+        assert ("**0.5**, missed" in gpu.markdown(gpu.Report({}, results=[sparse]))) == (efficiency == 0.5)
+
+
+def test_written_and_read_again(tmp_path: Path) -> None:
+    gpu.write(SYNTHETIC, tmp_path)
+    document = json.loads((tmp_path / "gpu.json").read_text())
+    assert gpu.Report.of_document(document) == SYNTHETIC
+    assert (tmp_path / "gpu.md").read_text() == gpu.markdown(SYNTHETIC)
+    assert len(document["targets"]) == len(SYNTHETIC.targets())
+
+
+def test_selected() -> None:
+    assert gpu.selected(CASES, "merge_states", None) == [case for case in CASES if case.op == "merge_states"]
+    assert [case.dtype for case in gpu.selected(CASES, "attention", "float16")] == ["float16"]
+    assert gpu.selected(CASES) == CASES
+
+
+def test_bench_on_cuda_needs_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("a GPU is there")
+    assert main(["bench", "--device", "cuda"]) == 2
+    assert "needs a GPU" in capsys.readouterr().err
+
+
+# ---- bench/gpu.sh ----
+
+
+def run_gpu_sh(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = ["bash", str(ROOT / "bench" / "gpu.sh"), *arguments]
+    environment = {"PATH": f"{Path(sys.executable).parent}:/usr/local/cuda/bin:/usr/bin:/bin", "HOME": "/tmp"}
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=environment)
+
+
+def test_dry_run_prints_stages_and_what_is_missing() -> None:
+    run = run_gpu_sh("--dry-run", "--seconds", "300")
+    assert run.returncode == 0, run.stderr
+    for stage in ("build", "tests", "lanes", "sanitizers", "profiles", "measurements"):
+        assert re.search(rf"^{stage} +\d+ s", run.stdout, re.MULTILINE), run.stdout
+    if not torch.cuda.is_available():
+        assert "missing: a GPU" in run.stdout
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
+def test_without_a_gpu_it_fails_and_writes_nothing(tmp_path: Path) -> None:
+    run = run_gpu_sh("--out", str(tmp_path))
+    assert run.returncode != 0
+    assert "a GPU" in run.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("arguments", [["--seconds", "soon"], ["--stages", "tests,lunch"], ["--what"]])
+def test_arguments_that_make_no_sense(arguments: list[str]) -> None:
+    run = run_gpu_sh(*arguments)
+    assert run.returncode == 2
+    assert "usage" in run.stderr
