@@ -1,0 +1,392 @@
+// attention and block_sparse_attention on Hopper: flash attention with TMA loads and WGMMA, in the
+// warp-specialised form of FlashAttention-3 (Shah et al., 2024).
+//
+// One warp of the first warpgroup produces, two warpgroups of 64 rows each consume; tile i lies in
+// stage i % kStages of the rings of K and V:
+//   producer   walk i | wait K empty i | load K i | wait V empty i | load V i | walk i + 1 ...
+//   consumer   wait K i + 1 | issue S' = Q K(i + 1) | wait V i | issue O += P V(i)
+//              wait S' | free K i + 1 | mask and softmax S' -> P', which runs beside P V
+//              wait O  | free V i     | O *= factor, P = P' | clear what is dead of V(i + 1)
+// Whoever frees K i + 1 has done with the positions of tile i, so that before it loads K i the
+// producer may overwrite those of i - kStages - 2: kStages + 2 sets of them. Tile 0 has no
+// product to run beside; the last product has no scores.
+//
+// Floor per tile of 128 x 128 (128 x 64) at head_dim D, for 4096 FLOP and 16 exponentials a cycle:
+//   D = 64: 1024 cycles of WGMMA, 1024 of exponentials, 32 KiB from L2; both bind
+//   D = 128: 2048, 1024, 64 KiB: WGMMA binds
+//   D = 256: 2048, 512, 64 KiB: WGMMA binds, and S = Q K reads shared memory at its 128 bytes a cycle
+#pragma once
+#include "cuda/runtime.h"
+#include "cuda/sm90/attention.h"
+#include "cuda/sm90/output.cuh"
+#include "cuda/sm90/softmax.cuh"
+#include "cuda/sm90/tensor_map.h"
+
+namespace longctx::cuda::sm90 {
+
+// What a launch hands to the kernel.
+struct AttentionMaps {
+  TensorMap q, k, v;
+};
+struct AttentionTask {
+  AttentionParams p;
+  BlockList blocks;
+  bool has_blocks;
+  ItemGrid grid;
+  AttentionPartials partials;
+  ScoreScale score;
+  int box_keys;  // neighbouring keys that one copy brings
+
+  LONGCTX_DEVICE const BlockList* block_list() const { return has_blocks ? &blocks : nullptr; }
+};
+
+// ---- producer: one warp ----
+
+template <int kHeadDim>
+LONGCTX_DEVICE void load_queries(SharedMemory<kHeadDim>& shared, const AttentionMaps& maps,
+                                 const AttentionTask& task, const Item& item) {
+  using Shape = Tile<kHeadDim>;
+  const int rows = static_cast<int>(task.grid.block_rows);
+  const int first_row = static_cast<int>(item.seq.q_begin + item.row_begin);
+  device::mbarrier_arrive_expect(
+      &shared.q_full, item.num_heads * rows * Shape::kPanels * device::kPanelBytes);
+  for (int head = 0; head < item.num_heads; ++head) {
+#pragma unroll
+    for (int panel = 0; panel < Shape::kPanels; ++panel) {
+      device::load_box(shared.q[panel] + head * rows * device::kPanelBytes, &maps.q, &shared.q_full,
+                       panel * kPanelColumns, first_row, static_cast<int>(item.first_head) + head,
+                       static_cast<int>(item.seq.batch_index));
+    }
+  }
+}
+
+// A tile of K or V, in boxes of neighbouring keys.
+template <int kHeadDim>
+LONGCTX_DEVICE void load_tile(char (&stage)[Tile<kHeadDim>::kPanels][Tile<kHeadDim>::kKeyPanelBytes],
+                              const TensorMap* map, uint64_t* full, int box_keys,
+                              const KeyTile<Tile<kHeadDim>::kKeys>& tile, const Item& item) {
+  using Shape = Tile<kHeadDim>;
+  device::mbarrier_arrive_expect(full, Shape::kPanels * Shape::kKeyPanelBytes);
+  for (int slot = 0; slot < Shape::kKeys; slot += box_keys) {
+    const int32_t position = tile.positions[slot];
+    const int row =
+        static_cast<int>(item.seq.k_begin) + (position < 0 ? ~position : position);
+#pragma unroll
+    for (int panel = 0; panel < Shape::kPanels; ++panel) {
+      device::load_box(stage[panel] + slot * device::kPanelBytes, map, full, panel * kPanelColumns,
+                       row, static_cast<int>(item.kv_head),
+                       static_cast<int>(item.seq.batch_index));
+    }
+  }
+}
+
+template <int kHeadDim>
+LONGCTX_DEVICE void produce(SharedMemory<kHeadDim>& shared, const AttentionMaps& maps,
+                            const AttentionTask& task, const Item& item) {
+  using Shape = Tile<kHeadDim>;
+  const bool elected = device::elect_one();
+  // load q tile
+  if (elected) load_queries(shared, maps, task, item);
+  shared.mask.init_extents(item.num_rows);
+  BlockRow row;
+  if (task.has_blocks) {
+    const int64_t head = pattern_head(task.blocks, item.first_head, task.p.num_q_heads);
+    row = block_row(task.blocks, item.seq.batch_index, head, item.list_row);
+  }
+  KeyTiles<Shape::kKeys, Shape::kRows> tiles(task.p.mask, task.block_list(), row, item,
+                                             task.grid.num_splits, shared.mask);
+  // for each key block of the row
+  Place<Shape::kStages> at;
+  Place<Shape::kTiles> walk;
+  for (bool more = true; more; at.advance(), walk.advance()) {
+    KeyTile<Shape::kKeys>& tile = shared.tiles[walk.stage];
+    tiles.next(tile);
+    device::sync_warp();
+    more = tile.exists();
+    device::mbarrier_wait(&shared.k_empty[at.stage], at.parity ^ 1);
+    if (!more) {
+      if (elected) device::mbarrier_arrive(&shared.k_full[at.stage]);
+      break;
+    }
+    if (elected) {
+      load_tile<kHeadDim>(shared.k[at.stage], &maps.k, &shared.k_full[at.stage], task.box_keys,
+                          tile, item);
+    }
+    device::mbarrier_wait(&shared.v_empty[at.stage], at.parity ^ 1);
+    if (elected) {
+      load_tile<kHeadDim>(shared.v[at.stage], &maps.v, &shared.v_full[at.stage], task.box_keys,
+                          tile, item);
+    }
+  }
+}
+
+// ---- consumers: a warpgroup for 64 rows ----
+
+// s = q k^T
+template <class T, int kHeadDim, int n>
+LONGCTX_DEVICE void issue_scores(float (&s)[n], uint64_t q, uint64_t k) {
+  using Shape = Tile<kHeadDim>;
+  constexpr int kStepBytes = 32;  // of 16 columns
+#pragma unroll
+  for (int step = 0; step < kHeadDim / 16; ++step) {
+    const int panel = step / 4, within = step % 4 * kStepBytes;
+    device::wgmma<T>(s, device::advance(q, panel * Shape::kRowPanelBytes + within),
+                     device::advance(k, panel * Shape::kKeyPanelBytes + within), step > 0);
+  }
+}
+
+// acc += p v
+template <class T, int n, int kSteps>
+LONGCTX_DEVICE void issue_values(float (&acc)[n], const uint32_t (&p)[kSteps][4], uint64_t v) {
+#pragma unroll
+  for (int step = 0; step < kSteps; ++step) {
+    device::wgmma<T>(acc, p[step], device::advance(v, step * 16 * device::kPanelBytes));
+  }
+}
+
+template <class T, int kHeadDim>
+class Consumer {
+ public:
+  using Shape = Tile<kHeadDim>;
+
+  LONGCTX_DEVICE Consumer(SharedMemory<kHeadDim>& shared, const AttentionTask& task,
+                          const Item& item, int warpgroup)
+      : shared_(shared), task_(task), item_(item), warpgroup_(warpgroup) {
+    const int thread = device::thread_index() % device::kWarpgroupSize;
+    first_row_ = warpgroup * 64 + thread / device::kWarpSize * 16 + thread % device::kWarpSize / 4;
+    first_column_ = thread % 4 * 2;
+    q_ = device::operand_descriptor(shared.q[0] + warpgroup * 64 * device::kPanelBytes,
+                                    Shape::kRowPanelBytes);
+  }
+
+  LONGCTX_DEVICE void run() {
+    float acc[kHeadDim / 2];
+#pragma unroll
+    for (float& x : acc) x = 0.0f;
+    device::mbarrier_wait(&shared_.q_full, 0);
+    if (arrived(next_)) {
+      uint32_t p[Shape::kKeys / 16][4];
+      first_tile(p);
+      while (arrived(next_)) step(acc, p);
+      last_tile(acc, p);
+    }
+    write_out(acc);
+  }
+
+ private:
+  using Scores = float[Shape::kKeys / 2];
+  using Probabilities = uint32_t[Shape::kKeys / 16][4];
+  using Values = float[kHeadDim / 2];
+  using At = Place<Shape::kStages>;
+
+  LONGCTX_DEVICE const KeyTile<Shape::kKeys>& tile() const { return shared_.tiles[tile_.stage]; }
+  LONGCTX_DEVICE uint64_t keys(const At& at) const {
+    return device::operand_descriptor(shared_.k[at.stage], Shape::kKeyPanelBytes);
+  }
+  LONGCTX_DEVICE uint64_t values(const At& at) const {
+    return device::operand_descriptor(shared_.v[at.stage], Shape::kKeyPanelBytes);
+  }
+
+  // Whether there is one more tile, the one that tile() names.
+  LONGCTX_DEVICE bool arrived(const At& at) {
+    device::mbarrier_wait(&shared_.k_full[at.stage], at.parity);
+    return tile().exists();
+  }
+  LONGCTX_DEVICE void free_stage(uint64_t* empty) {
+    device::sync_warp();
+    if (device::lane_index() == 0) device::mbarrier_arrive(empty);
+  }
+
+  LONGCTX_DEVICE void first_tile(Probabilities& p) {
+    Scores s;
+    device::wgmma_fence();
+    issue_scores<T, kHeadDim>(s, q_, keys(next_));
+    device::wgmma_commit();
+    device::wgmma_wait<0>();
+    device::pin(s);
+    free_stage(&shared_.k_empty[next_.stage]);
+    float factor[2];
+    soften(s, factor);
+    pack_probabilities<T>(s, p);
+    clear_dead_values(next_);
+    next_.advance();
+    tile_.advance();
+  }
+
+  LONGCTX_DEVICE void step(Values& acc, Probabilities& p) {
+    Scores s;
+    device::pin(acc);
+    device::wgmma_fence();
+    issue_scores<T, kHeadDim>(s, q_, keys(next_));
+    device::wgmma_commit();
+    device::mbarrier_wait(&shared_.v_full[now_.stage], now_.parity);
+    device::wgmma_fence();
+    issue_values<T>(acc, p, values(now_));
+    device::wgmma_commit();
+    device::wgmma_wait<1>();
+    device::pin(s);
+    free_stage(&shared_.k_empty[next_.stage]);
+    float factor[2];
+    soften(s, factor);
+    device::wgmma_wait<0>();
+    device::pin(acc);
+    free_stage(&shared_.v_empty[now_.stage]);
+#pragma unroll
+    for (int e = 0; e < kHeadDim / 2; ++e) acc[e] *= factor[e % 4 / 2];
+    pack_probabilities<T>(s, p);
+    clear_dead_values(next_);
+    now_.advance();
+    next_.advance();
+    tile_.advance();
+  }
+
+  LONGCTX_DEVICE void last_tile(Values& acc, Probabilities& p) {
+    device::mbarrier_wait(&shared_.v_full[now_.stage], now_.parity);
+    device::pin(acc);
+    device::wgmma_fence();
+    issue_values<T>(acc, p, values(now_));
+    device::wgmma_commit();
+    device::wgmma_wait<0>();
+    device::pin(acc);
+  }
+
+  // mask, softmax update
+  LONGCTX_DEVICE void soften(Scores& s, float (&factor)[2]) {
+    if (task_.score.transforms) {
+#pragma unroll
+      for (float& x : s) x = task_.score.transform(x);
+    }
+    if (tile().partial()) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const FastRowMask row(shared_.mask.rows[item_row(first_row_ + 8 * i)]);
+        mask_row(s, i, tile().positions + first_column_, row);
+      }
+    }
+    statistics_.update(s, task_.score.multiplier, factor);
+  }
+
+  // The item's row of a pair; some row for pairs that are not there and never written.
+  LONGCTX_DEVICE int item_row(int pair) const {
+    const int row = pair % static_cast<int>(task_.grid.block_rows);
+    return row < item_.num_rows ? row : item_.num_rows - 1;
+  }
+
+  // Values that no row sees may be anything, and 0 * NaN would stay. Both warpgroups read them:
+  // each clears every other slot.
+  LONGCTX_DEVICE void clear_dead_values(const At& at) {
+    if (!tile().partial()) return;
+    device::mbarrier_wait(&shared_.v_full[at.stage], at.parity);
+    constexpr int kUnits = device::kPanelBytes / sizeof(uint4);
+    const int thread = device::thread_index() - device::kWarpgroupSize;
+    constexpr int kConsumerThreads = Shape::kConsumers * device::kWarpgroupSize;
+    for (int slot = thread / kUnits; slot < Shape::kKeys; slot += kConsumerThreads / kUnits) {
+      if (tile().positions[slot] >= 0) continue;
+#pragma unroll
+      for (int panel = 0; panel < Shape::kPanels; ++panel) {
+        char* const row = shared_.v[at.stage][panel] + slot * device::kPanelBytes;
+        reinterpret_cast<uint4*>(row)[thread % kUnits] = uint4{};
+      }
+    }
+    device::fence_async_proxy();
+    device::sync_named(1, kConsumerThreads);
+  }
+
+  // write out, lse
+  LONGCTX_DEVICE void write_out(Values& acc) {
+    statistics_.finish();
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int pair = first_row_ + 8 * i;
+      const int block_rows = static_cast<int>(task_.grid.block_rows);
+      const int row = pair % block_rows, head = pair / block_rows;
+      if (row >= item_.num_rows || head >= item_.num_heads) continue;
+      const float top = statistics_.top[i] * task_.score.multiplier;
+      const OutputRow out(task_.p, task_.partials, item_, row, head);
+      const float factor = out.finish(top, statistics_.sum[i], device::thread_index() % 4 == 0);
+#pragma unroll
+      for (int e = 0; e < kHeadDim / 2; e += 4) {
+        const int column = 2 * e + first_column_;
+        if (column >= task_.p.head_dim_v) continue;
+        const float low = factor > 0 ? acc[e + 2 * i] * factor : 0.0f;
+        const float high = factor > 0 ? acc[e + 2 * i + 1] * factor : 0.0f;
+        out.template store_pair<T>(column, low, high);
+      }
+    }
+  }
+
+  SharedMemory<kHeadDim>& shared_;
+  const AttentionTask& task_;
+  const Item& item_;
+  uint64_t q_;
+  int warpgroup_, first_row_, first_column_;
+  At now_, next_;               // the tile of P V, and that of S'
+  Place<Shape::kTiles> tile_;  // of S'
+  RowStatistics statistics_;
+};
+
+// ---- kernel ----
+
+template <int kHeadDim>
+LONGCTX_DEVICE void init_barriers(SharedMemory<kHeadDim>& shared) {
+  constexpr int kConsumerWarps = Tile<kHeadDim>::kConsumers * 4;
+  device::mbarrier_init(&shared.q_full, 1);
+  for (int stage = 0; stage < Tile<kHeadDim>::kStages; ++stage) {
+    device::mbarrier_init(&shared.k_full[stage], 1);
+    device::mbarrier_init(&shared.v_full[stage], 1);
+    device::mbarrier_init(&shared.k_empty[stage], kConsumerWarps);
+    device::mbarrier_init(&shared.v_empty[stage], kConsumerWarps);
+  }
+  device::fence_mbarrier_init();
+}
+
+template <class T, int kHeadDim>
+LONGCTX_KERNEL(Tile<kHeadDim>::kThreads, 1)
+attention_kernel(LONGCTX_GRID_CONSTANT const AttentionMaps maps,
+                 LONGCTX_GRID_CONSTANT const AttentionTask task) {
+  const Item item = item_at(task.p, task.block_list(), task.grid, device::block_index());
+  if (item.num_rows == 0) return;
+  auto& shared = *reinterpret_cast<SharedMemory<kHeadDim>*>(device::shared_memory());
+  if (device::thread_index() == 0) init_barriers(shared);
+  shared.mask.init_rows(task.p.mask, item);
+  device::sync_threads();
+  const int warp = device::warp_index();
+  if (warp < 4) {
+    device::lower_registers<64>();
+    if (warp == 0) produce(shared, maps, task, item);
+  } else {
+    device::raise_registers<224>();
+    Consumer<T, kHeadDim>(shared, task, item, warp / 4 - 1).run();
+  }
+}
+
+template <class T, int head_dim>
+int64_t attention_shared_bytes() {
+  return sizeof(SharedMemory<head_dim>);
+}
+
+template <class T, int head_dim>
+void launch_attention(const AttentionParams& params, const BlockList* blocks, const ItemGrid& grid,
+                      const AttentionPartials& partials) {
+  using Shape = Tile<head_dim>;
+  const int64_t box_keys =
+      blocks != nullptr && blocks->block_size_k < Shape::kKeys ? blocks->block_size_k : Shape::kKeys;
+  const SequenceParams& seqs = params.seqs;
+  const AttentionMaps maps = {
+      tensor_map(params.dtype, params.q, seqs.batch, params.num_q_heads, seqs.seqlen_q,
+                 params.head_dim, grid.block_rows),
+      tensor_map(params.dtype, params.k, seqs.batch, params.num_kv_heads, seqs.seqlen_k,
+                 params.head_dim, box_keys),
+      tensor_map(params.dtype, params.v, seqs.batch, params.num_kv_heads, seqs.seqlen_k,
+                 params.head_dim_v, box_keys)};
+  const AttentionTask task = {params,   blocks == nullptr ? BlockList() : *blocks,
+                              blocks != nullptr,
+                              grid,     partials,
+                              ScoreScale(params),
+                              static_cast<int>(box_keys)};
+  launch("attention", &attention_kernel<T, head_dim>,
+         dim3(static_cast<unsigned>(num_items(params, blocks, grid))), Shape::kThreads,
+         attention_shared_bytes<T, head_dim>(), maps, task);
+}
+
+}  // namespace longctx::cuda::sm90
