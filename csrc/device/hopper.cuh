@@ -118,6 +118,12 @@ LONGCTX_DEVICE void pin(Word (&registers)[n]) {
   }
 }
 
+// The compiler takes this for a new value here: it computes what depends on it again.
+LONGCTX_DEVICE uint64_t opaque(uint64_t value) {
+  asm volatile("" : "+l"(value));
+  return value;
+}
+
 namespace detail {
 using cute::SM90::GMMA::Major;
 template <class T, int n>

@@ -82,8 +82,9 @@ LONGCTX_DEVICE void load_tile(char (&stage)[Tile<kHeadDim>::kPanels][Tile<kHeadD
 
 template <int kHeadDim>
 LONGCTX_DEVICE void produce(SharedMemory<kHeadDim>& shared, const AttentionMaps& maps,
-                            const AttentionTask& task, const Item& item) {
+                            const AttentionTask& task) {
   using Shape = Tile<kHeadDim>;
+  const Item item = shared.item;
   const bool elected = device::elect_one();
   // load q tile
   if (elected) load_queries(shared, maps, task, item);
@@ -127,6 +128,7 @@ template <class T, int kHeadDim, int n>
 LONGCTX_DEVICE void issue_scores(float (&s)[n], uint64_t q, uint64_t k) {
   using Shape = Tile<kHeadDim>;
   constexpr int kStepBytes = 32;  // of 16 columns
+  q = device::opaque(q);          // else every step's descriptor takes two registers for good
 #pragma unroll
   for (int step = 0; step < kHeadDim / 16; ++step) {
     const int panel = step / 4, within = step % 4 * kStepBytes;
@@ -150,8 +152,8 @@ class Consumer {
   using Shape = Tile<kHeadDim>;
 
   LONGCTX_DEVICE Consumer(SharedMemory<kHeadDim>& shared, const AttentionTask& task,
-                          const Item& item, int warpgroup)
-      : shared_(shared), task_(task), item_(item), warpgroup_(warpgroup) {
+                          int warpgroup)
+      : shared_(shared), task_(task) {
     const int thread = device::thread_index() % device::kWarpgroupSize;
     first_row_ = warpgroup * 64 + thread / device::kWarpSize * 16 + thread % device::kWarpSize / 4;
     first_column_ = thread % 4 * 2;
@@ -269,7 +271,7 @@ class Consumer {
   // The item's row of a pair; some row for pairs that are not there and never written.
   LONGCTX_DEVICE int item_row(int pair) const {
     const int row = pair % static_cast<int>(task_.grid.block_rows);
-    return row < item_.num_rows ? row : item_.num_rows - 1;
+    return row < shared_.item.num_rows ? row : shared_.item.num_rows - 1;
   }
 
   // Values that no row sees may be anything, and 0 * NaN would stay. Both warpgroups read them:
@@ -300,9 +302,9 @@ class Consumer {
       const int pair = first_row_ + 8 * i;
       const int block_rows = static_cast<int>(task_.grid.block_rows);
       const int row = pair % block_rows, head = pair / block_rows;
-      if (row >= item_.num_rows || head >= item_.num_heads) continue;
+      if (row >= shared_.item.num_rows || head >= shared_.item.num_heads) continue;
       const float top = statistics_.top[i] * task_.score.multiplier;
-      const OutputRow out(task_.p, task_.partials, item_, row, head);
+      const OutputRow out(task_.p, task_.partials, shared_.item, row, head);
       const float factor = out.finish(top, statistics_.sum[i], device::thread_index() % 4 == 0);
 #pragma unroll
       for (int e = 0; e < kHeadDim / 2; e += 4) {
@@ -317,9 +319,8 @@ class Consumer {
 
   SharedMemory<kHeadDim>& shared_;
   const AttentionTask& task_;
-  const Item& item_;
-  uint64_t q_;
-  int warpgroup_, first_row_, first_column_;
+    uint64_t q_;
+  int first_row_, first_column_;
   At now_, next_;               // the tile of P V, and that of S'
   Place<Shape::kTiles> tile_;  // of S'
   RowStatistics statistics_;
@@ -344,19 +345,27 @@ template <class T, int kHeadDim>
 LONGCTX_KERNEL(Tile<kHeadDim>::kThreads, 1)
 attention_kernel(LONGCTX_GRID_CONSTANT const AttentionMaps maps,
                  LONGCTX_GRID_CONSTANT const AttentionTask task) {
-  const Item item = item_at(task.p, task.block_list(), task.grid, device::block_index());
-  if (item.num_rows == 0) return;
   auto& shared = *reinterpret_cast<SharedMemory<kHeadDim>*>(device::shared_memory());
-  if (device::thread_index() == 0) init_barriers(shared);
+  const int warp = device::warp_index();
+  if (warp == 0) {
+    // In shared memory, because the consumers have no registers to spare.
+    const Item item = item_at(task.p, task.block_list(), task.grid, device::block_index());
+    if (device::lane_index() == 0) {
+      shared.item = item;
+      init_barriers(shared);
+    }
+  }
+  device::sync_threads();
+  const Item& item = shared.item;
+  if (item.num_rows == 0) return;
   shared.mask.init_rows(task.p.mask, item);
   device::sync_threads();
-  const int warp = device::warp_index();
   if (warp < 4) {
     device::lower_registers<64>();
-    if (warp == 0) produce(shared, maps, task, item);
+    if (warp == 0) produce(shared, maps, task);
   } else {
     device::raise_registers<224>();
-    Consumer<T, kHeadDim>(shared, task, item, warp / 4 - 1).run();
+    Consumer<T, kHeadDim>(shared, task, warp / 4 - 1).run();
   }
 }
 

@@ -34,6 +34,7 @@ struct alignas(device::kSwizzleBytes) SharedMemory {
   uint64_t v_full[Shape::kStages], v_empty[Shape::kStages];
   KeyTile<Shape::kKeys> tiles[Shape::kTiles];
   ItemMask<Shape::kRows> mask;
+  Item item;
 };
 
 // A place in a ring of stages, and the parity of the phase that ends when its tile is there.
