@@ -18,9 +18,9 @@
 #pragma once
 #include "cuda/runtime.h"
 #include "cuda/sm90/attention.h"
-#include "cuda/sm90/output.cuh"
 #include "cuda/sm90/softmax.cuh"
 #include "cuda/sm90/tensor_map.h"
+#include "cuda/sm90/tile.cuh"
 
 namespace longctx::cuda::sm90 {
 
@@ -30,14 +30,16 @@ struct AttentionMaps {
 };
 struct AttentionTask {
   AttentionParams p;
-  BlockList blocks;
-  bool has_blocks;
+  BlockList blocks;  // block_indptr null: dense
   ItemGrid grid;
-  AttentionPartials partials;
-  ScoreScale score;
-  int box_keys;  // neighbouring keys that one copy brings
+  ScoreScale scale;
+  float* split_out;  // [num_splits, batch, num_q_heads, seqlen_q, head_dim_v]; null: no splits
+  float* split_lse;  // [num_splits, batch, num_q_heads, seqlen_q]
+  int box_keys;      // neighbouring keys that one copy brings
 
-  LONGCTX_DEVICE const BlockList* block_list() const { return has_blocks ? &blocks : nullptr; }
+  LONGCTX_DEVICE const BlockList* block_list() const {
+    return blocks.block_indptr == nullptr ? nullptr : &blocks;
+  }
 };
 
 // ---- producer: one warp ----
@@ -88,14 +90,14 @@ LONGCTX_DEVICE void produce(SharedMemory<kHeadDim>& shared, const AttentionMaps&
   const bool elected = device::elect_one();
   // load q tile
   if (elected) load_queries(shared, maps, task, item);
-  shared.mask.init_extents(item.num_rows);
+  shared.mask.init_extents();
   BlockRow row;
-  if (task.has_blocks) {
+  if (task.block_list() != nullptr) {
     const int64_t head = pattern_head(task.blocks, item.first_head, task.p.num_q_heads);
     row = block_row(task.blocks, item.seq.batch_index, head, item.list_row);
   }
-  KeyTiles<Shape::kKeys, Shape::kRows> tiles(task.p.mask, task.block_list(), row, item,
-                                             task.grid.num_splits, shared.mask);
+  KeyTiles<Shape::kKeys, Shape::kRows> tiles(task.block_list(), row, item, task.grid.num_splits,
+                                             shared.mask);
   // for each key block of the row
   Place<Shape::kStages> at;
   Place<Shape::kTiles> walk;
@@ -177,7 +179,7 @@ class Consumer {
 
  private:
   using Scores = float[Shape::kKeys / 2];
-  using Probabilities = uint32_t[Shape::kKeys / 16][4];
+  using Weights = uint32_t[Shape::kKeys / 16][4];
   using Values = float[kHeadDim / 2];
   using At = Place<Shape::kStages>;
 
@@ -199,7 +201,7 @@ class Consumer {
     if (device::lane_index() == 0) device::mbarrier_arrive(empty);
   }
 
-  LONGCTX_DEVICE void first_tile(Probabilities& p) {
+  LONGCTX_DEVICE void first_tile(Weights& p) {
     Scores s;
     device::wgmma_fence();
     issue_scores<T, kHeadDim>(s, q_, keys(next_));
@@ -208,14 +210,14 @@ class Consumer {
     device::pin(s);
     free_stage(&shared_.k_empty[next_.stage]);
     float factor[2];
-    soften(s, factor);
-    pack_probabilities<T>(s, p);
+    soften(s, factor);  // nothing to rescale yet
+    pack_weights<T>(s, p);
     clear_dead_values(next_);
     next_.advance();
     tile_.advance();
   }
 
-  LONGCTX_DEVICE void step(Values& acc, Probabilities& p) {
+  LONGCTX_DEVICE void step(Values& acc, Weights& p) {
     Scores s;
     device::pin(acc);
     device::wgmma_fence();
@@ -229,20 +231,22 @@ class Consumer {
     device::pin(s);
     free_stage(&shared_.k_empty[next_.stage]);
     float factor[2];
-    soften(s, factor);
+    const bool rescales = soften(s, factor);
     device::wgmma_wait<0>();
     device::pin(acc);
     free_stage(&shared_.v_empty[now_.stage]);
+    if (rescales) {
 #pragma unroll
-    for (int e = 0; e < kHeadDim / 2; ++e) acc[e] *= factor[e % 4 / 2];
-    pack_probabilities<T>(s, p);
+      for (int e = 0; e < kHeadDim / 2; ++e) acc[e] *= factor[e % 4 / 2];
+    }
+    pack_weights<T>(s, p);
     clear_dead_values(next_);
     now_.advance();
     next_.advance();
     tile_.advance();
   }
 
-  LONGCTX_DEVICE void last_tile(Values& acc, Probabilities& p) {
+  LONGCTX_DEVICE void last_tile(Values& acc, Weights& p) {
     device::mbarrier_wait(&shared_.v_full[now_.stage], now_.parity);
     device::pin(acc);
     device::wgmma_fence();
@@ -253,19 +257,20 @@ class Consumer {
   }
 
   // mask, softmax update
-  LONGCTX_DEVICE void soften(Scores& s, float (&factor)[2]) {
-    if (task_.score.transforms) {
+  LONGCTX_DEVICE bool soften(Scores& s, float (&factor)[2]) {
+    const bool scaled = !task_.scale.monotone();
+    if (scaled) {
 #pragma unroll
-      for (float& x : s) x = task_.score.transform(x);
+      for (float& x : s) x = task_.scale.apply(x);
     }
     if (tile().partial()) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const FastRowMask row(shared_.mask.rows[item_row(first_row_ + 8 * i)]);
+        const SpanMask row(shared_.mask.rows[item_row(first_row_ + 8 * i)]);
         mask_row(s, i, tile().positions + first_column_, row);
       }
     }
-    statistics_.update(s, task_.score.multiplier, factor);
+    return rows_.update(s, scaled ? 1.0f : task_.scale.scale_log2, factor);
   }
 
   // The item's row of a pair; some row for pairs that are not there and never written.
@@ -295,24 +300,40 @@ class Consumer {
   }
 
   // write out, lse
-  LONGCTX_DEVICE void write_out(Values& acc) {
-    statistics_.finish();
+  LONGCTX_DEVICE void write_out(const Values& acc) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int pair = first_row_ + 8 * i;
-      const int block_rows = static_cast<int>(task_.grid.block_rows);
-      const int row = pair % block_rows, head = pair / block_rows;
-      if (row >= shared_.item.num_rows || head >= shared_.item.num_heads) continue;
-      const float top = statistics_.top[i] * task_.score.multiplier;
-      const OutputRow out(task_.p, task_.partials, shared_.item, row, head);
-      const float factor = out.finish(top, statistics_.sum[i], device::thread_index() % 4 == 0);
+      const float sum = quad_sum(rows_.sum[i]);
+      const Item& item = shared_.item;
+      const int pair = first_row_ + 8 * i, block_rows = static_cast<int>(task_.grid.block_rows);
+      const int row = pair % block_rows, item_head = pair / block_rows;
+      if (row >= item.num_rows || item_head >= item.num_heads) continue;
+      const AttentionParams& p = task_.p;
+      const int64_t head = item.first_head + item_head;
+      const int64_t q_row = item.seq.q_begin + item.row_begin + row;
+      const int64_t index = (item.seq.batch_index * p.num_q_heads + head) * p.seqs.seqlen_q + q_row;
+      const int64_t split =
+          item.split * p.seqs.batch * p.num_q_heads * p.seqs.seqlen_q + index;
+      const bool whole = task_.split_out == nullptr;
+      const float sink = whole && p.sinks != nullptr ? p.sinks[head] : -INFINITY;
+      const RowResult result = finish_row(rows_.reference[i] * kLn2, sum, sink);
+      if (first_column_ == 0) {
+        (whole ? static_cast<float*>(p.lse) + index : task_.split_lse + split)[0] = result.lse;
+      }
+      T* const out = static_cast<T*>(p.out.data) + item.seq.batch_index * p.out.batch_stride +
+                     head * p.out.head_stride + q_row * p.out.seq_stride;
+      float* const split_out = task_.split_out + (whole ? 0 : split * p.head_dim_v);
 #pragma unroll
       for (int e = 0; e < kHeadDim / 2; e += 4) {
         const int column = 2 * e + first_column_;
-        if (column >= task_.p.head_dim_v) continue;
-        const float low = factor > 0 ? acc[e + 2 * i] * factor : 0.0f;
-        const float high = factor > 0 ? acc[e + 2 * i + 1] * factor : 0.0f;
-        out.template store_pair<T>(column, low, high);
+        if (column >= p.head_dim_v) continue;
+        const float low = sum == 0 ? 0.0f : acc[e + 2 * i] * result.factor;
+        const float high = sum == 0 ? 0.0f : acc[e + 2 * i + 1] * result.factor;
+        if (whole) {
+          *reinterpret_cast<uint32_t*>(out + column) = device::pack_pair(T(), low, high);
+        } else {
+          *reinterpret_cast<float2*>(split_out + column) = float2{low, high};
+        }
       }
     }
   }
@@ -323,7 +344,7 @@ class Consumer {
   int first_row_, first_column_;
   At now_, next_;               // the tile of P V, and that of S'
   Place<Shape::kTiles> tile_;  // of S'
-  RowStatistics statistics_;
+  RowPair rows_;
 };
 
 // ---- kernel ----
@@ -375,26 +396,29 @@ int64_t attention_shared_bytes() {
 }
 
 template <class T, int head_dim>
-void launch_attention(const AttentionParams& params, const BlockList* blocks, const ItemGrid& grid,
-                      const AttentionPartials& partials) {
+void launch_attention(const AttentionParams& params, const BlockList* blocks,
+                      const AttentionPlan& plan) {
   using Shape = Tile<head_dim>;
   const int64_t box_keys =
       blocks != nullptr && blocks->block_size_k < Shape::kKeys ? blocks->block_size_k : Shape::kKeys;
   const SequenceParams& seqs = params.seqs;
   const AttentionMaps maps = {
       tensor_map(params.dtype, params.q, seqs.batch, params.num_q_heads, seqs.seqlen_q,
-                 params.head_dim, grid.block_rows),
+                 params.head_dim, plan.grid.block_rows),
       tensor_map(params.dtype, params.k, seqs.batch, params.num_kv_heads, seqs.seqlen_k,
                  params.head_dim, box_keys),
       tensor_map(params.dtype, params.v, seqs.batch, params.num_kv_heads, seqs.seqlen_k,
                  params.head_dim_v, box_keys)};
-  const AttentionTask task = {params,   blocks == nullptr ? BlockList() : *blocks,
-                              blocks != nullptr,
-                              grid,     partials,
-                              ScoreScale(params),
-                              static_cast<int>(box_keys)};
-  launch("attention", &attention_kernel<T, head_dim>,
-         dim3(static_cast<unsigned>(num_items(params, blocks, grid))), Shape::kThreads,
+  AttentionTask task;
+  task.p = params;
+  if (blocks != nullptr) task.blocks = *blocks;
+  task.grid = plan.grid;
+  task.scale = score_scale(params.softmax_scale, params.softcap);
+  task.split_out = plan.split_out;
+  task.split_lse = plan.split_lse;
+  task.box_keys = static_cast<int>(box_keys);
+  launch(plan.op, &attention_kernel<T, head_dim>,
+         dim3(static_cast<unsigned>(num_items(params, blocks, plan.grid))), Shape::kThreads,
          attention_shared_bytes<T, head_dim>(), maps, task);
 }
 
