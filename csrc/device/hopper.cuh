@@ -191,6 +191,71 @@ LONGCTX_DEVICE bool elect_one() {
   return elected != 0;
 }
 
+#else
+
+using TensorMap = simt::TensorMap;
+
+LONGCTX_DEVICE uint32_t shared_address(const void* shared) {
+  return static_cast<uint32_t>(simt::shared_offset(shared));
+}
+
+LONGCTX_DEVICE void mbarrier_init(uint64_t* mbarrier, int arrivals,
+                                  simt::Where where = simt::here()) {
+  simt::mbarrier_init(mbarrier, arrivals, where);
+}
+LONGCTX_DEVICE void fence_mbarrier_init() {}
+LONGCTX_DEVICE void mbarrier_arrive(uint64_t* mbarrier, simt::Where where = simt::here()) {
+  simt::mbarrier_arrive(mbarrier, 0, where);
+}
+LONGCTX_DEVICE void mbarrier_arrive_expect(uint64_t* mbarrier, int bytes,
+                                           simt::Where where = simt::here()) {
+  simt::mbarrier_arrive(mbarrier, bytes, where);
+}
+LONGCTX_DEVICE void mbarrier_wait(uint64_t* mbarrier, uint32_t parity,
+                                  simt::Where where = simt::here()) {
+  simt::mbarrier_wait(mbarrier, parity, where);
+}
+
+LONGCTX_DEVICE void load_box(void* shared, const TensorMap* map, uint64_t* mbarrier, int column,
+                             int row, int head, int batch, simt::Where where = simt::here()) {
+  simt::load_box(shared, map, mbarrier, column, row, head, batch, where);
+}
+LONGCTX_DEVICE void prefetch_map(const TensorMap*) {}
+
+LONGCTX_DEVICE void fence_async_proxy() {}
+LONGCTX_DEVICE void wgmma_fence(simt::Where where = simt::here()) { simt::wgmma_fence(where); }
+LONGCTX_DEVICE void wgmma_commit(simt::Where where = simt::here()) { simt::wgmma_commit(where); }
+template <int pending>
+LONGCTX_DEVICE void wgmma_wait(simt::Where where = simt::here()) {
+  simt::wgmma_wait(pending, where);
+}
+template <class Word, int n>
+LONGCTX_DEVICE void pin(Word (&)[n]) {}
+LONGCTX_DEVICE uint64_t opaque(uint64_t value) { return value; }
+
+template <class T>
+constexpr simt::Element kElement = std::is_same_v<T, __half> ? simt::Element::kFloat16
+                                                             : simt::Element::kBFloat16;
+template <class T, int n>
+LONGCTX_DEVICE void wgmma(float (&acc)[n], uint64_t a, uint64_t b, bool accumulate,
+                          simt::Where where = simt::here()) {
+  simt::wgmma_issue({acc, nullptr, a, b, 2 * n, kElement<T>, false, accumulate}, where);
+}
+template <class T, int n>
+LONGCTX_DEVICE void wgmma(float (&acc)[n], const uint32_t (&a)[4], uint64_t b,
+                          simt::Where where = simt::here()) {
+  simt::wgmma_issue({acc, a, 0, b, 2 * n, kElement<T>, true, true}, where);
+}
+
+template <int count>
+LONGCTX_DEVICE void lower_registers() {}
+template <int count>
+LONGCTX_DEVICE void raise_registers() {}
+
+LONGCTX_DEVICE bool elect_one(simt::Where where = simt::here()) {
+  return value_of_lane("elect_one", lane_index(), 0, where) == lane_index();
+}
+
 #endif  // LONGCTX_SIMT
 
 // How WGMMA finds an operand in shared memory. Offsets in 16-byte units: bits 0-13 the start, 16-29
