@@ -76,7 +76,16 @@ struct Hopper : BlockExtension {
   int64_t issued = 0;
 };
 
-Hopper& hopper() { return extension<Hopper>(); }
+// Of the emulator's own memory ThreadSanitizer sees nothing.
+struct Unseen {
+  Unseen() { tsan::ignore_begin(); }
+  ~Unseen() { tsan::ignore_end(); }
+};
+
+Hopper& hopper() {
+  const Unseen unseen;
+  return extension<Hopper>();
+}
 
 void end_phase_if_complete(uint64_t* key, MBarrier& mbarrier) {
   if (mbarrier.left > 0 || mbarrier.bytes != 0) return;
@@ -86,7 +95,7 @@ void end_phase_if_complete(uint64_t* key, MBarrier& mbarrier) {
 }
 
 // The copy of one box: shared memory's 16-byte units are permuted within 1024 bytes.
-void copy_box(char* shared, const TensorMap& map, const int64_t (&first)[4]) {
+void copy_box(char* shared, const TensorMap& map, const std::array<int64_t, 4>& first) {
   for (int64_t r = 0; r < map.box_rows; ++r) {
     const int64_t row = first[1] + r;
     bool inside = row >= 0 && row < map.lengths[1];
@@ -204,24 +213,22 @@ void execute(const Product& product, int warp) {
   }
 }
 
-// Runs the warp's oldest batches; ThreadSanitizer sees what they read of shared memory.
+// By the last lane of a warp, in the collective. ThreadSanitizer sees what products read.
+void execute_all(const std::vector<Product>& products) {
+  tsan::ignore_end();
+  for (const Product& product : products) execute(product, running.index / kWarpSize);
+  tsan::ignore_begin();
+}
 void execute_batches(WarpProducts& products, size_t keep) {
   for (; products.batches.size() > keep; products.batches.pop_front()) {
-    for (const Product& product : products.batches.front()) execute(product, running.index / kWarpSize);
+    execute_all(products.batches.front());
   }
-}
-
-// What the last lane of a warp does, outside the collective's blind spot.
-template <class Work>
-void seen_by_tsan(const Work& work) {
-  tsan::ignore_end();
-  work();
-  tsan::ignore_begin();
 }
 
 template <class Work>
 void by_warp(const char* name, const Work& work, Where where) {
-  warp_op(name, char(), [&](char*) { seen_by_tsan(work); }, where);
+  warp_op(
+      name, char(), [&](char*) { work(hopper().warps[running.index / kWarpSize]); }, where);
 }
 
 }  // namespace
@@ -230,6 +237,7 @@ void mbarrier_init(uint64_t* mbarrier, int arrivals, Where where) {
   check_shared("mbarrier_init", mbarrier, 8, where);
   if (arrivals <= 0) fail("mbarrier_init", where, std::to_string(arrivals) + " arrivals");
   std::memcpy(mbarrier, &kIntact, sizeof(kIntact));
+  const Unseen unseen;
   MBarrier& state = hopper().mbarriers[mbarrier];
   state.arrivals = state.left = arrivals;
 }
@@ -263,22 +271,22 @@ void load_box(void* shared, const TensorMap* map, uint64_t* mbarrier, int column
   Hopper& all = hopper();
   void* const order = &all.issue_order[all.issued++ % Hopper::kIssueSlots];
   tsan::release(order);
+  const Unseen unseen;
   in_background([&all, &state, order, to, map = *map, mbarrier, bytes,
                  first = std::array<int64_t, 4>{column, row, head, batch}] {
-    void* const thread = tsan::current();
-    all.copy_engine.enter();
-    tsan::acquire(order);
-    const int64_t corner[4] = {first[0], first[1], first[2], first[3]};
-    copy_box(to, map, corner);
-    tsan::release(state.order_of_phase());
-    tsan::return_to(thread);
+    {
+      const tsan::Visit visit(all.copy_engine.thread());
+      tsan::acquire(order);
+      copy_box(to, map, first);
+      tsan::release(state.order_of_phase());
+    }
     state.bytes -= bytes;
     end_phase_if_complete(mbarrier, state);
   });
 }
 
 void wgmma_fence(Where where) {
-  by_warp("wgmma_fence", [] { hopper().warps[running.index / kWarpSize].fenced = true; }, where);
+  by_warp("wgmma_fence", [](WarpProducts& warp) { warp.fenced = true; }, where);
 }
 
 void wgmma_issue(const WarpProduct& product, Where where) {
@@ -294,18 +302,15 @@ void wgmma_issue(const WarpProduct& product, Where where) {
     }
     warp.open.push_back(whole);
     if (!lands_at_issue()) return;
-    seen_by_tsan([&] {
-      execute_batches(warp, 0);
-      for (const Product& next : warp.open) execute(next, running.index / kWarpSize);
-    });
+    execute_batches(warp, 0);
+    execute_all(warp.open);
     warp.open.clear();
   };
   warp_op("wgmma", product, queue, where);
 }
 
 void wgmma_commit(Where where) {
-  const auto commit = [] {
-    WarpProducts& warp = hopper().warps[running.index / kWarpSize];
+  const auto commit = [](WarpProducts& warp) {
     warp.batches.push_back(std::move(warp.open));
     warp.open.clear();
   };
@@ -313,8 +318,7 @@ void wgmma_commit(Where where) {
 }
 
 void wgmma_wait(int pending, Where where) {
-  const auto wait = [&] {
-    WarpProducts& warp = hopper().warps[running.index / kWarpSize];
+  const auto wait = [pending](WarpProducts& warp) {
     execute_batches(warp, static_cast<size_t>(pending));
     if (pending == 0) warp.fenced = false;
   };

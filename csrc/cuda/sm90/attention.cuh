@@ -33,9 +33,8 @@ struct AttentionTask {
   BlockList blocks;  // block_indptr null: dense
   ItemGrid grid;
   ScoreScale scale;
-  float* split_out;  // [num_splits, batch, num_q_heads, seqlen_q, head_dim_v]; null: no splits
-  float* split_lse;  // [num_splits, batch, num_q_heads, seqlen_q]
-  int box_keys;      // neighbouring keys that one copy brings
+  AttentionPartials partials;
+  int box_keys;  // neighbouring keys that one copy brings
 
   LONGCTX_DEVICE const BlockList* block_list() const {
     return blocks.block_indptr == nullptr ? nullptr : &blocks;
@@ -96,8 +95,8 @@ LONGCTX_DEVICE void produce(SharedMemory<kHeadDim>& shared, const AttentionMaps&
     const int64_t head = pattern_head(task.blocks, item.first_head, task.p.num_q_heads);
     row = block_row(task.blocks, item.seq.batch_index, head, item.list_row);
   }
-  KeyTiles<Shape::kKeys, Shape::kRows> tiles(task.block_list(), row, item, task.grid.num_splits,
-                                             shared.mask);
+  KeyTiles<Shape::kKeys, Shape::kRows> tiles(shared.mask);
+  tiles.begin(task.block_list(), row, item, task.grid.num_splits);
   // for each key block of the row
   Place<Shape::kStages> at;
   Place<Shape::kTiles> walk;
@@ -314,15 +313,15 @@ class Consumer {
       const int64_t index = (item.seq.batch_index * p.num_q_heads + head) * p.seqs.seqlen_q + q_row;
       const int64_t split =
           item.split * p.seqs.batch * p.num_q_heads * p.seqs.seqlen_q + index;
-      const bool whole = task_.split_out == nullptr;
+      const bool whole = task_.partials.lse == nullptr;
       const float sink = whole && p.sinks != nullptr ? p.sinks[head] : -INFINITY;
       const RowResult result = finish_row(rows_.reference[i] * kLn2, sum, sink);
       if (first_column_ == 0) {
-        (whole ? static_cast<float*>(p.lse) + index : task_.split_lse + split)[0] = result.lse;
+        (whole ? static_cast<float*>(p.lse) + index : task_.partials.lse + split)[0] = result.lse;
       }
       T* const out = static_cast<T*>(p.out.data) + item.seq.batch_index * p.out.batch_stride +
                      head * p.out.head_stride + q_row * p.out.seq_stride;
-      float* const split_out = task_.split_out + (whole ? 0 : split * p.head_dim_v);
+      float* const split_out = task_.partials.out + (whole ? 0 : split * p.head_dim_v);
 #pragma unroll
       for (int e = 0; e < kHeadDim / 2; e += 4) {
         const int column = 2 * e + first_column_;
@@ -374,6 +373,9 @@ attention_kernel(LONGCTX_GRID_CONSTANT const AttentionMaps maps,
     if (device::lane_index() == 0) {
       shared.item = item;
       init_barriers(shared);
+      device::prefetch_map(&maps.q);
+      device::prefetch_map(&maps.k);
+      device::prefetch_map(&maps.v);
     }
   }
   device::sync_threads();
@@ -392,6 +394,7 @@ attention_kernel(LONGCTX_GRID_CONSTANT const AttentionMaps maps,
 
 template <class T, int head_dim>
 int64_t attention_shared_bytes() {
+  static_assert(sizeof(SharedMemory<head_dim>) <= 227 * 1024);
   return sizeof(SharedMemory<head_dim>);
 }
 
@@ -414,8 +417,7 @@ void launch_attention(const AttentionParams& params, const BlockList* blocks,
   if (blocks != nullptr) task.blocks = *blocks;
   task.grid = plan.grid;
   task.scale = score_scale(params.softmax_scale, params.softcap);
-  task.split_out = plan.split_out;
-  task.split_lse = plan.split_lse;
+  task.partials = plan.partials;
   task.box_keys = static_cast<int>(box_keys);
   launch(plan.op, &attention_kernel<T, head_dim>,
          dim3(static_cast<unsigned>(num_items(params, blocks, plan.grid))), Shape::kThreads,
