@@ -100,17 +100,14 @@ void copy_box(char* shared, const TensorMap& map, const std::array<int64_t, 4>& 
     const int64_t row = first[1] + r;
     bool inside = row >= 0 && row < map.lengths[1];
     for (int dim = 2; dim < 4; ++dim) inside &= first[dim] >= 0 && first[dim] < map.lengths[dim];
-    char values[kPanelBytes] = {};
-    const int64_t columns = map.lengths[0] - first[0];
-    if (inside && columns > 0) {
-      const char* source = map.data + first[0] * 2 + row * map.strides[0] +
-                           first[2] * map.strides[1] + first[3] * map.strides[2];
-      std::memcpy(values, source,
-                  static_cast<size_t>(columns < kPanelColumns ? columns * 2 : kPanelBytes));
-    }
-    for (int unit = 0; unit < kPanelBytes / 16; ++unit) {
-      std::memcpy(shared_at(swizzled(shared_offset(shared) + r * kPanelBytes + unit * 16)),
-                  values + unit * 16, 16);
+    const char* source = map.data + first[0] * 2 + row * map.strides[0] +
+                         first[2] * map.strides[1] + first[3] * map.strides[2];
+    const int64_t bytes = inside ? (map.lengths[0] - first[0]) * 2 : 0;
+    for (int64_t unit = 0; unit < kPanelBytes; unit += 16) {
+      char* const to = shared_at(swizzled(shared_offset(shared) + r * kPanelBytes + unit));
+      const int64_t left = bytes - unit < 0 ? 0 : bytes - unit < 16 ? bytes - unit : 16;
+      if (left > 0) std::memcpy(to, source + unit, static_cast<size_t>(left));
+      if (left < 16) std::memset(to + left, 0, static_cast<size_t>(16 - left));
     }
   }
 }
@@ -245,6 +242,7 @@ void mbarrier_init(uint64_t* mbarrier, int arrivals, Where where) {
 void mbarrier_arrive(uint64_t* mbarrier, int expected_bytes, Where where) {
   MBarrier& state = hopper().find("mbarrier_arrive", mbarrier, where);
   if (state.left == 0) fail("mbarrier_arrive", where, "more arrivals than the phase has");
+  preempt();
   tsan::release(state.order_of_phase());
   state.bytes += expected_bytes;
   --state.left;

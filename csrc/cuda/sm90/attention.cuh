@@ -51,6 +51,7 @@ LONGCTX_DEVICE void load_queries(SharedMemory<kHeadDim>& shared, const Attention
   const int first_row = static_cast<int>(item.seq.q_begin + item.row_begin);
   device::mbarrier_arrive_expect(
       &shared.q_full, item.num_heads * rows * Shape::kPanels * device::kPanelBytes);
+#pragma unroll 1
   for (int head = 0; head < item.num_heads; ++head) {
 #pragma unroll
     for (int panel = 0; panel < Shape::kPanels; ++panel) {
@@ -105,20 +106,20 @@ LONGCTX_DEVICE void produce(SharedMemory<kHeadDim>& shared, const AttentionMaps&
     tiles.next(tile);
     device::sync_warp();
     more = tile.exists();
-    device::mbarrier_wait(&shared.k_empty[at.stage], at.parity ^ 1);
-    if (!more) {
-      if (elected) device::mbarrier_arrive(&shared.k_full[at.stage]);
-      break;
-    }
+    // The other lanes do not touch what the consumers have freed before this one has waited.
     if (elected) {
-      load_tile<kHeadDim>(shared.k[at.stage], &maps.k, &shared.k_full[at.stage], task.box_keys,
-                          tile, item);
+      device::mbarrier_wait(&shared.k_empty[at.stage], at.parity ^ 1);
+      if (more) {
+        load_tile<kHeadDim>(shared.k[at.stage], &maps.k, &shared.k_full[at.stage], task.box_keys,
+                            tile, item);
+        device::mbarrier_wait(&shared.v_empty[at.stage], at.parity ^ 1);
+        load_tile<kHeadDim>(shared.v[at.stage], &maps.v, &shared.v_full[at.stage], task.box_keys,
+                            tile, item);
+      } else {
+        device::mbarrier_arrive(&shared.k_full[at.stage]);
+      }
     }
-    device::mbarrier_wait(&shared.v_empty[at.stage], at.parity ^ 1);
-    if (elected) {
-      load_tile<kHeadDim>(shared.v[at.stage], &maps.v, &shared.v_full[at.stage], task.box_keys,
-                          tile, item);
-    }
+    device::sync_warp();
   }
 }
 

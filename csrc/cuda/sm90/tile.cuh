@@ -32,7 +32,8 @@ struct alignas(device::kSwizzleBytes) SharedMemory {
   uint64_t q_full;
   uint64_t k_full[Shape::kStages], k_empty[Shape::kStages];
   uint64_t v_full[Shape::kStages], v_empty[Shape::kStages];
-  KeyTile<Shape::kKeys> tiles[Shape::kTiles];
+  struct alignas(16) Keys : KeyTile<Shape::kKeys> {};  // positions are read in pairs
+  Keys tiles[Shape::kTiles];
   ItemMask<Shape::kRows> mask;
   Item item;
 };
