@@ -262,8 +262,8 @@ LONGCTX_DEVICE bool elect_one(simt::Where where = simt::here()) {
 // the leading offset, 32-45 the stride, 62-63 the swizzle (1: 128 bytes). Within a panel 8 rows
 // are `stride` apart. Where the rows are what the sum runs over (P V), the next 64 columns are one
 // leading offset away; else that field is not used.
-LONGCTX_DEVICE uint64_t operand_descriptor(const void* shared, int panel_bytes) {
-  const uint64_t start = (shared_address(shared) & 0x3ffff) >> 4;
+LONGCTX_DEVICE uint64_t operand_descriptor(uint32_t address, int panel_bytes) {
+  const uint64_t start = (address & 0x3ffff) >> 4;
   const uint64_t leading = static_cast<uint64_t>(panel_bytes) >> 4;
   return start | leading << 16 | uint64_t{kSwizzleBytes >> 4} << 32 | uint64_t{1} << 62;
 }

@@ -5,8 +5,8 @@
 // stage i % kStages of the rings of K and V:
 //   producer   walk i | wait K empty i | load K i | wait V empty i | load V i | walk i + 1 ...
 //   consumer   wait K i + 1 | issue S' = Q K(i + 1) | wait V i | issue O += P V(i)
-//              wait S' | free K i + 1 | mask and softmax S' -> P', which runs beside P V
-//              wait O  | free V i     | O *= factor, P = P' | clear what is dead of V(i + 1)
+//              wait S' | free K i + 1 | mask, softmax S' -> P', clear what is dead of V(i + 1)
+//              wait O  | free V i     | O *= factor, P = P'
 // Whoever frees K i + 1 has done with the positions of tile i, so that before it loads K i the
 // producer may overwrite those of i - kStages - 2: kStages + 2 sets of them. Tile 0 has no
 // product to run beside; the last product has no scores.
@@ -159,8 +159,9 @@ class Consumer {
     const int thread = device::thread_index() % device::kWarpgroupSize;
     first_row_ = warpgroup * 64 + thread / device::kWarpSize * 16 + thread % device::kWarpSize / 4;
     first_column_ = thread % 4 * 2;
-    q_ = device::operand_descriptor(shared.q[0] + warpgroup * 64 * device::kPanelBytes,
-                                    Shape::kRowPanelBytes);
+    q_ = device::operand_descriptor(
+        device::shared_address(shared.q[0] + warpgroup * 64 * device::kPanelBytes),
+        Shape::kRowPanelBytes);
   }
 
   LONGCTX_DEVICE void run() {
@@ -185,10 +186,12 @@ class Consumer {
 
   LONGCTX_DEVICE const KeyTile<Shape::kKeys>& tile() const { return shared_.tiles[tile_.stage]; }
   LONGCTX_DEVICE uint64_t keys(const At& at) const {
-    return device::operand_descriptor(shared_.k[at.stage], Shape::kKeyPanelBytes);
+    return device::operand_descriptor(device::shared_address(shared_.k[at.stage]),
+                                      Shape::kKeyPanelBytes);
   }
   LONGCTX_DEVICE uint64_t values(const At& at) const {
-    return device::operand_descriptor(shared_.v[at.stage], Shape::kKeyPanelBytes);
+    return device::operand_descriptor(device::shared_address(shared_.v[at.stage]),
+                                      Shape::kKeyPanelBytes);
   }
 
   // Whether there is one more tile, the one that tile() names.
@@ -232,6 +235,8 @@ class Consumer {
     free_stage(&shared_.k_empty[next_.stage]);
     float factor[2];
     const bool rescales = soften(s, factor);
+    device::pin(s);  // before the branch, so that no exponential sinks below the wait
+    clear_dead_values(next_);
     device::wgmma_wait<0>();
     device::pin(acc);
     free_stage(&shared_.v_empty[now_.stage]);
@@ -240,7 +245,6 @@ class Consumer {
       for (int e = 0; e < kHeadDim / 2; ++e) acc[e] *= factor[e % 4 / 2];
     }
     pack_weights<T>(s, p);
-    clear_dead_values(next_);
     now_.advance();
     next_.advance();
     tile_.advance();
@@ -259,9 +263,12 @@ class Consumer {
   // mask, softmax update
   LONGCTX_DEVICE bool soften(Scores& s, float (&factor)[2]) {
     const bool scaled = !task_.scale.monotone();
-    if (scaled) {
+    if (task_.scale.cap_log2 > 0) {
 #pragma unroll
       for (float& x : s) x = task_.scale.apply(x);
+    } else if (scaled) {
+#pragma unroll
+      for (float& x : s) x *= task_.scale.scale_log2;
     }
     if (tile().partial()) {
 #pragma unroll
