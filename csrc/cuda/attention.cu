@@ -68,14 +68,13 @@ int64_t choose_heads(int64_t max_heads, int64_t rows, int64_t tile_rows) {
 // Keys of an item are split where there are fewer items than places for blocks, but no split gets
 // less than a few tiles. The lengths of sequences are on the device: the axes bound them.
 int64_t choose_splits(const AttentionParams& p, const BlockList* blocks, int64_t items,
-                      const DeviceLimits& limits) {
+                      int64_t places) {
   constexpr int64_t kMinKeys = 256, kMaxSplits = 64;
   int64_t keys = p.seqs.seqlen_k;
   if (blocks != nullptr) {
     const int64_t rows = blocks->pattern_batch * blocks->pattern_heads * blocks->num_q_blocks;
     keys = std::min(keys, ceil_div(blocks->capacity, rows) * blocks->block_size_k);
   }
-  const int64_t places = 2 * limits.num_multiprocessors;
   return std::max<int64_t>(1, std::min({places / items, keys / kMinKeys, kMaxSplits}));
 }
 
@@ -91,19 +90,22 @@ int64_t choose_groups_at_a_time(const AttentionParams& p, const ItemGrid& grid) 
 
 // The one place that decides how a call is cut.
 AttentionPlan choose_plan(const char* op, const AttentionParams& p, const BlockList* blocks,
-                          const DeviceLimits& limits) {
+                          AttentionPath path, const DeviceLimits& limits) {
   AttentionPlan plan;
   plan.op = op;
+  const bool hopper = path == AttentionPath::kSm90;
   const bool shared_pattern = blocks == nullptr || blocks->pattern_heads <= p.num_kv_heads;
   const int64_t max_heads = shared_pattern ? p.num_q_heads / p.num_kv_heads : 1;
-  plan.tile_rows = choose_tile_rows(p, blocks, max_heads, limits);
+  plan.tile_rows = hopper ? 128 : choose_tile_rows(p, blocks, max_heads, limits);
   ItemGrid& grid = plan.grid;
   if (blocks == nullptr) {
     // Rows of several heads in a tile reach less far beyond the diagonal than those of one.
     constexpr int64_t kMinRows = 16;
     grid.heads_per_item =
-        choose_heads(max_heads, std::min(p.seqs.seqlen_q, kMinRows), plan.tile_rows);
+        choose_heads(max_heads, hopper ? kMinRows : std::min(p.seqs.seqlen_q, kMinRows),
+                     plan.tile_rows);
     grid.block_rows = plan.tile_rows / grid.heads_per_item;
+    if (hopper) grid.block_rows = grid.block_rows / 8 * 8;  // the rows of a copy's swizzle
     grid.blocks_per_seq = ceil_div(p.seqs.seqlen_q, grid.block_rows) +
                           (p.seqs.cu_seqlens_q == nullptr ? 0 : p.seqs.num_seqs);
   } else {
@@ -113,7 +115,8 @@ AttentionPlan choose_plan(const char* op, const AttentionParams& p, const BlockL
   }
   grid.head_groups = p.num_q_heads / grid.heads_per_item;
   grid.groups_at_a_time = choose_groups_at_a_time(p, grid);
-  grid.num_splits = choose_splits(p, blocks, num_items(p, blocks, grid), limits);
+  const int64_t places = (hopper ? 1 : 2) * limits.num_multiprocessors;
+  grid.num_splits = choose_splits(p, blocks, num_items(p, blocks, grid), places);
   return plan;
 }
 
@@ -156,6 +159,18 @@ void launch_path(AttentionPath path, const AttentionParams& p, const BlockList* 
       launch_attention_fp32<float, decltype(dim)::value>(p, blocks, plan);
     });
   }
+#ifdef LONGCTX_SM90
+  if (path == AttentionPath::kSm90) {
+    return with_dim<64, 128, 256>(instance_dim(p), [&](auto dim) {
+      constexpr int head_dim = decltype(dim)::value;
+      if (p.dtype == DType::kBFloat16) {
+        sm90::launch_attention<__nv_bfloat16, head_dim>(p, blocks, plan);
+      } else {
+        sm90::launch_attention<__half, head_dim>(p, blocks, plan);
+      }
+    });
+  }
+#endif
   with_dim<64, 96, 128, 192, 256>(instance_dim(p), [&](auto dim) {
     constexpr int head_dim = decltype(dim)::value;
     if (p.dtype == DType::kBFloat16) {
@@ -187,7 +202,7 @@ void run(const char* op, const AttentionParams& p, const BlockList* blocks) {
   if (p.seqs.batch == 0 || p.seqs.seqlen_q == 0) return;
   const DeviceLimits& limits = device_limits();
   const AttentionPath path = choose_attention_path(p, blocks, limits).path;
-  AttentionPlan plan = choose_plan(op, p, blocks, limits);
+  AttentionPlan plan = choose_plan(op, p, blocks, path, limits);
 
   const int64_t items = num_items(p, blocks, plan.grid);
   const int64_t num_lists =

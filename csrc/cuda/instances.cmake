@@ -10,7 +10,9 @@ set(LONGCTX_CUDA_SOURCES
   csrc/cuda/instances.cpp
   csrc/cuda/merge_states.cu
   csrc/cuda/schedule.cu
-  csrc/cuda/select_blocks.cu)
+  csrc/cuda/select_blocks.cu
+  csrc/cuda/sm90/attention_path.cu
+  csrc/cuda/sm90/tensor_map.cu)
 list(TRANSFORM LONGCTX_CUDA_SOURCES PREPEND ${CMAKE_SOURCE_DIR}/)
 
 # longctx_cuda_kernel(<kernel> <family> "<arguments>" DTYPES <dtype>... HEAD_DIMS <n>...)
@@ -35,6 +37,8 @@ set(attention_arguments
   "const longctx::AttentionParams&, const longctx::BlockList*, const longctx::cuda::AttentionPlan&")
 longctx_cuda_kernel(attention sm_80 "${attention_arguments}"
   DTYPES bfloat16 float16 HEAD_DIMS 64 96 128 192 256)
+longctx_cuda_kernel(attention sm_90a "${attention_arguments}"
+  DTYPES bfloat16 float16 HEAD_DIMS 64 128 256)
 longctx_cuda_kernel(attention_fp32 sm_80 "${attention_arguments}" DTYPES float32 HEAD_DIMS 64 128 256)
 
 # One 16-bit dtype each, and the two head_dims that most models have.

@@ -62,6 +62,9 @@ set(CMAKE_CUDA_COMPILER_LAUNCHER
 
 add_library(longctx_cuda_sm80 OBJECT ${LONGCTX_CUDA_SOURCES} ${cuda_TABLE} ${cuda_SM80})
 target_link_libraries(longctx_cuda_sm80 PRIVATE longctx_cuda_flags CUDA::toolkit)
+if(cuda_SM90)
+  target_compile_definitions(longctx_cuda_sm80 PRIVATE LONGCTX_SM90)
+endif()
 set(objects $<TARGET_OBJECTS:longctx_cuda_sm80>)
 
 if(cuda_SM90)

@@ -328,7 +328,7 @@ class KeyTiles {
       if (shift == 0 && i > 0) entry = accept_entry(upcoming_[i]);
       const int32_t own =
           shift == 0 ? entry : device::shuffle(entry, slot(i) >> shift & (device::kWarpSize - 1));
-      const int32_t position = (own << shift) + (slot(i) & ((1 << shift) - 1));
+      const int32_t position = own * (1 << shift) + (slot(i) & ((1 << shift) - 1));
       positions[i] = own >= 0 && position < k_len ? position : -1;
       if (positions[i] < 0) continue;
       if (position < lowest) lowest = position;

@@ -8,8 +8,9 @@
 namespace longctx::cuda {
 
 const DeviceLimits& device_limits() {
-  static const DeviceLimits limits = {8, 0, 4, static_cast<int>(simt::kMaxSharedBytes)};
-  return limits;
+  static const DeviceLimits small = {8, 0, 4, static_cast<int>(simt::kMaxSharedBytes)};
+  static const DeviceLimits hopper = {9, 0, 4, static_cast<int>(simt::kHopperSharedBytes)};
+  return simt::mode.hopper ? hopper : small;
 }
 
 // Exactly as long as asked for, so that AddressSanitizer sees its end, and filled with NaN.

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -69,6 +70,7 @@ struct CudaThread {
   const char* waits_in = nullptr;  // name of a barrier or collective
   Where where = {};
   int barrier = -1;
+  const void* key = nullptr;  // of wait_for_wake
   void* order = nullptr;  // what the collective's memory order hangs on, or null
   const char* results = nullptr;
   bool returned = false;
@@ -103,12 +105,20 @@ class Block {
   void leave_warp();
   void take_result(void* result, size_t bytes);
   void check_shared(const char* name, const void* shared, int bytes, Where where);
+  void preempt();
+  void wait_for_wake(const char* name, const void* key, Where where);
+  void wake(const void* key);
+  void in_background(std::function<void()> work);
+  bool lands_at_issue();
+  char* shared_memory() const { return shared_; }
+  std::unique_ptr<BlockExtension>& extension() { return extension_; }
   void thread_main();
 
  private:
   void wait(const char* name, Where where);
   int choose();
   void land_some_copies();
+  void land_background_work();
   std::string deadlock_report() const;
   uint64_t random(uint64_t bound);
   Warp& warp_of(int thread) { return warps_[thread / kWarpSize]; }
@@ -129,6 +139,8 @@ class Block {
   std::vector<Warp> warps_;
   std::vector<std::unique_ptr<tsan::Context>> copiers_;  // one a warp
   std::vector<std::unique_ptr<CudaThread>> threads_;
+  std::unique_ptr<BlockExtension> extension_;
+  std::deque<std::function<void()>> background_;
 };
 
 Block* block = nullptr;  // that runs now
@@ -170,7 +182,12 @@ uint64_t Block::random(uint64_t bound) {  // splitmix64
 void Block::run() {
   block = this;
   while (live_ > 0 && failure_.empty()) {
-    last_ = choose();
+    const int next = choose();
+    if (next < 0 && !background_.empty()) {
+      land_background_work();
+      continue;
+    }
+    last_ = next;
     if (last_ < 0) {
       failure_ = deadlock_report();
       break;
@@ -178,8 +195,13 @@ void Block::run() {
     running = first_;
     running.index = last_;
     threads_[last_]->fiber.resume();
-    if (mode.landing == Landing::kRandom) land_some_copies();
+    if (mode.landing == Landing::kRandom) {
+      land_some_copies();
+      if (!background_.empty() && random(16) == 0) land_background_work();
+    }
   }
+  if (failure_.empty() && !background_.empty()) failure_ = "ended with copies under way";
+  if (failure_.empty() && extension_ != nullptr) failure_ = extension_->unfinished();
   block = nullptr;
   if (failure_.empty()) return;
   for (const auto& thread : threads_) thread->fiber.release(grid_order_);
@@ -249,6 +271,39 @@ void Block::land_some_copies() {
   if (random(8) != 0) return;
   CopyQueue& copies = threads_[random(threads_.size())]->copies;
   copies.land(random(copies.size() + 1));
+}
+
+void Block::land_background_work() {
+  const std::function<void()> work = std::move(background_.front());
+  background_.pop_front();
+  work();
+}
+
+void Block::in_background(std::function<void()> work) {
+  background_.push_back(std::move(work));
+  while (mode.landing == Landing::kEarly && !background_.empty()) land_background_work();
+}
+
+bool Block::lands_at_issue() {
+  return mode.landing == Landing::kEarly ||
+         (mode.landing == Landing::kRandom && random(2) == 0);
+}
+
+void Block::preempt() {
+  if (mode.schedule != Schedule::kWarpRunAhead) self().fiber.suspend();
+}
+
+void Block::wait_for_wake(const char* name, const void* key, Where where) {
+  self().key = key;
+  wait(name, where);
+}
+
+void Block::wake(const void* key) {
+  for (int i = 0; i < first_.num_threads; ++i) {
+    if (threads_[i]->key != key) continue;
+    threads_[i]->key = nullptr;
+    make_ready(i);
+  }
 }
 
 void Block::wait(const char* name, Where where) {
@@ -392,7 +447,7 @@ void run_grid(const char* op, unsigned grid_x, unsigned grid_y, int num_threads,
   if (num_threads <= 0 || num_threads > 1024 || num_threads % kWarpSize != 0) {
     fail("block of " + std::to_string(num_threads) + " threads");
   }
-  if (shared_bytes < 0 || shared_bytes > kMaxSharedBytes) {
+  if (shared_bytes < 0 || shared_bytes > (mode.hopper ? kHopperSharedBytes : kMaxSharedBytes)) {
     fail(std::to_string(shared_bytes) + " bytes of shared memory");
   }
 
@@ -454,6 +509,18 @@ void issue_copy(void* shared, const void* global, int bytes, Where where) {
   }
   block->self().copies.issue(shared, global, bytes);
 }
+int64_t shared_offset(const void* shared) {
+  return static_cast<const char*>(shared) - block->shared_memory();
+}
+char* shared_at(int64_t offset) { return block->shared_memory() + offset; }
+void preempt() { block->preempt(); }
+void wait_for_wake(const char* name, const void* key, Where where) {
+  block->wait_for_wake(name, key, where);
+}
+void wake(const void* key) { block->wake(key); }
+void in_background(std::function<void()> work) { block->in_background(std::move(work)); }
+bool lands_at_issue() { return block->lands_at_issue(); }
+std::unique_ptr<BlockExtension>& block_extension() { return block->extension(); }
 void commit_copies() { block->self().copies.commit(); }
 void wait_copies(int pending) { block->self().copies.wait(pending); }
 

@@ -9,12 +9,16 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <memory>
+#include <string>
 #include <type_traits>
 
 namespace simt {
 
 constexpr int kWarpSize = 32;
-constexpr int64_t kMaxSharedBytes = 99 * 1024;  // of a block, as on consumer cards
+// Shared memory of a block, on consumer cards and on Hopper.
+constexpr int64_t kMaxSharedBytes = 99 * 1024;
+constexpr int64_t kHopperSharedBytes = 227 * 1024;
 
 // In which order threads and blocks run, and when the asynchronous copies that nobody has waited
 // for yet become visible. Read at every launch.
@@ -28,6 +32,7 @@ struct Mode {
   Schedule schedule = Schedule::kRoundRobin;
   Landing landing = Landing::kLate;
   uint64_t seed = 0;
+  bool hopper = false;  // the device is of compute capability 9.0
 };
 extern Mode mode;
 
@@ -86,5 +91,34 @@ void check_shared(const char* name, const void* shared, int bytes, Where where);
 void issue_copy(void* shared, const void* global, int bytes, Where where);
 void commit_copies();
 void wait_copies(int pending);
+
+// ---- for units that run beside the threads (hopper.h) ----
+
+int64_t shared_offset(const void* shared);
+char* shared_at(int64_t offset);
+// Where the 128-byte swizzle puts the byte at `offset`.
+constexpr int64_t swizzled(int64_t offset) { return offset ^ (offset >> 7 & 7) << 4; }
+
+// Lets the other threads run; the running one waits for nothing.
+void preempt();
+// Until some thread or background work calls wake(key).
+void wait_for_wake(const char* name, const void* key, Where where);
+void wake(const void* key);
+// Work in order of issue: at once, when no thread can run without it, or somewhere between.
+void in_background(std::function<void()> work);
+// Of work that a thread waits for: whether it is done when it is issued.
+bool lands_at_issue();
+
+// State that lives as long as the running block; one type of it.
+struct BlockExtension {
+  virtual ~BlockExtension() = default;
+  virtual std::string unfinished() const = 0;  // when the block ends: a message, or nothing
+};
+std::unique_ptr<BlockExtension>& block_extension();
+template <class T>
+T& extension() {
+  if (block_extension() == nullptr) block_extension() = std::make_unique<T>();
+  return static_cast<T&>(*block_extension());
+}
 
 }  // namespace simt
