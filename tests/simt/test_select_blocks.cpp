@@ -235,12 +235,13 @@ TEST(select_blocks, cumulative_in_a_head) {
 }
 // Several blocks of threads share a map, and the ties at the cut end in one of its middle rows.
 TEST(select_blocks, ties_of_many_rows_of_a_head) {
-  Select c = with(SelectMethod::kTopK, 600);
+  Select c = with(SelectMethod::kTopK, 150);
+  c.heads = 1;
   c.per_row = false;
   c.few_scores = true;
   c.num_first = 1;
-  c.map.seqlen_q = 1300;
-  c.map.seqlen_k = 1300;
+  c.map.seqlen_q = 600;
+  c.map.seqlen_k = 600;
   check(c);
 }
 TEST(select_blocks, overflow_in_a_head) {
@@ -252,6 +253,7 @@ TEST(select_blocks, overflow_in_a_head) {
 }
 TEST(select_blocks, packed_heads) {
   Select c = with(SelectMethod::kCumulative, 0.6f);
+  c.heads = 1;
   c.per_row = false;
   c.num_local = 1;
   c.map.has_q_offset = false;
@@ -262,8 +264,8 @@ TEST(select_blocks, packed_heads) {
   check(c);
 }
 // More sequences than lanes.
-TEST(select_blocks, packed_many) {
-  Select c = with(SelectMethod::kTopK, 1);
+Select many_sequences(SelectMethod method, float value) {
+  Select c = with(method, value);
   c.heads = 1;
   c.map.has_q_offset = false;
   c.map.seqlen_q = c.map.seqlen_k = 120;
@@ -271,7 +273,11 @@ TEST(select_blocks, packed_many) {
     c.map.cu_seqlens_q.push_back(3 * s);
     c.map.cu_seqlens_k.push_back(3 * s);
   }
-  check(c);
+  return c;
+}
+TEST(select_blocks, packed_many) { check(many_sequences(SelectMethod::kTopK, 1)); }
+TEST(select_blocks, packed_many_heads) {
+  Select c = many_sequences(SelectMethod::kRelative, 0.9f);
   c.per_row = false;
   check(c);
 }
