@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+# They move registers between warps, which no value shows.
+UNSEEN = {"lower_registers", "raise_registers"}
 HEADERS = sorted((ROOT / "csrc" / "device").glob("*.cuh"))
 
 
@@ -34,4 +36,4 @@ def recorded_words() -> set[str]:
 def test_every_word_has_a_vector(header):
     words = words_of(header)
     assert words
-    assert words <= recorded_words()
+    assert words - UNSEEN <= recorded_words()

@@ -118,6 +118,26 @@ struct AtomicAdd : Defaults {
   }
 };
 
+// 16 threads change the outputs of the first 8, which are 0 before.
+struct AtomicGlobal : Defaults {
+  static constexpr const char* kName = "atomics_global";
+  static constexpr const char* kWords = "atomic_add_global atomic_or_global atomic_max_global";
+  static constexpr int kThreads = 128, kTargets = 8;
+  static constexpr int kIn = 2, kOut = 4;
+  static void fill(Random& random, int, uint32_t* in) {
+    in[0] = random.bits();
+    in[1] = random.bits();
+  }
+  LONGCTX_DEVICE static void run(const uint32_t* in, uint32_t* out) {
+    const int thread = device::thread_index();
+    uint32_t* target = out + (thread % kTargets - thread) * kOut;
+    device::atomic_add_global(reinterpret_cast<int64_t*>(target),
+                              bits_as<int32_t>(in[0]) * int64_t{512});
+    device::atomic_or_global(target + 2, in[1] & in[0] & in[1] >> 7);
+    device::atomic_max_global(target + 3, in[1]);
+  }
+};
+
 // Every thread reads what another one wrote before the barrier.
 struct Barriers : Defaults {
   static constexpr const char* kName = "barriers";
@@ -212,10 +232,10 @@ struct Conversions : Defaults {
 }  // namespace
 
 std::vector<Case> thread_cases() {
-  return {make_case<Indices>(),    make_case<Shuffle>(), make_case<ShuffleXor>(),
-          make_case<ShuffleUp>(),  make_case<Ballot>(),  make_case<AtomicAdd>(),
-          make_case<Barriers>(),   make_case<Exp2>(),    make_case<Reciprocal>(),
-          make_case<Conversions>()};
+  return {make_case<Indices>(),      make_case<Shuffle>(),    make_case<ShuffleXor>(),
+          make_case<ShuffleUp>(),    make_case<Ballot>(),     make_case<AtomicAdd>(),
+          make_case<AtomicGlobal>(), make_case<Barriers>(),   make_case<Exp2>(),
+          make_case<Reciprocal>(),   make_case<Conversions>()};
 }
 
 }  // namespace longctx::lanes
