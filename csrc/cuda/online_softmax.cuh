@@ -42,6 +42,9 @@ struct ScoreScale {
   float cap_log2 = 0;    // softcap * log2(e); 0: none
   // The row maximum of scaled scores is the scaled maximum: a full tile needs one product a score.
   LONGCTX_DEVICE bool monotone() const { return cap_log2 == 0 && scale_log2 > 0; }
+  LONGCTX_DEVICE float linear(float s) const { return s * scale_log2; }
+  LONGCTX_DEVICE float capped(float s) const { return cap_log2 * tanh_accurate(s * inner); }
+  LONGCTX_DEVICE float apply(float s) const { return cap_log2 == 0 ? linear(s) : capped(s); }
 };
 
 inline ScoreScale score_scale(double softmax_scale, double softcap) {
@@ -69,9 +72,9 @@ LONGCTX_DEVICE void scale_scores(const ScoreScale& scale, float (&s)[kRowTiles][
     }
   };
   if (scale.cap_log2 == 0) {
-    apply([&](float score) { return score * scale.scale_log2; });
+    apply([&](float score) { return scale.linear(score); });
   } else {
-    apply([&](float score) { return scale.cap_log2 * tanh_accurate(score * scale.inner); });
+    apply([&](float score) { return scale.capped(score); });
   }
 }
 

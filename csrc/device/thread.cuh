@@ -80,8 +80,8 @@ LONGCTX_DEVICE void atomic_max_global(uint32_t* target, uint32_t value) {
   atomicMax(target, value);
 }
 
-// `value`, from an unknown source: what is derived from it is computed anew where it is used, instead
-// of staying in registers.
+// `value`, from an unknown source: what is derived from it is computed anew where it is used,
+// instead of staying in registers.
 LONGCTX_DEVICE int opaque(int value) {
   asm volatile("" : "+r"(value));
   return value;
