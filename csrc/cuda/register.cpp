@@ -6,13 +6,15 @@
 #include <stdexcept>
 #include <string>
 
+#include "cuda/attention_path.h"
 #include "cuda/instances.h"
 #include "cuda/kernels.h"
 #include "cuda/runtime.h"
+#include "ops/attention.h"
 #include "ops/attention_mass.h"
 #include "ops/block_scores.h"
-#include "ops/attention.h"
 #include "ops/block_sparse_attention.h"
+#include "ops/force_cuda_path.h"
 #include "ops/merge_states.h"
 #include "ops/select_blocks.h"
 
@@ -83,8 +85,34 @@ struct OnDevice<op> {
   }
 };
 
-// JSON: how this library was compiled, and what its instances ask of shared memory, by
-// kernel/family/dtype/head_dim.
+// Which kernel attention takes on the current device and why, by dtype/head_dim, for tensors as
+// torch lays them out. Nothing without a device.
+void write_attention_paths(std::ostream& json) {
+  int num_devices = 0;
+  if (cudaGetDeviceCount(&num_devices) != cudaSuccess || num_devices == 0) return;
+  const std::pair<const char*, DType> dtypes[] = {
+      {"float32", DType::kFloat32}, {"bfloat16", DType::kBFloat16}, {"float16", DType::kFloat16}};
+  const char* separator = "";
+  for (const auto& [name, dtype] : dtypes) {
+    for (const int64_t head_dim : {64, 96, 128, 192, 256}) {
+      constexpr int64_t kRows = 1024;
+      AttentionParams params;
+      params.dtype = dtype;
+      params.seqs.batch = params.seqs.num_seqs = params.num_q_heads = params.num_kv_heads = 1;
+      params.seqs.seqlen_q = params.seqs.seqlen_k = kRows;
+      params.head_dim = params.head_dim_v = head_dim;
+      params.q = {nullptr, kRows * head_dim, kRows * head_dim, head_dim};
+      params.k = params.v = params.out = params.q;
+      const auto choice = cuda::choose_attention_path(params, nullptr, cuda::device_limits());
+      json << separator << "\"" << name << "/" << head_dim << "\": \""
+           << cuda::path_name(choice.path) << ": " << choice.reason << "\"";
+      separator = ", ";
+    }
+  }
+}
+
+// JSON: how this library was compiled, what its instances ask of shared memory, by
+// kernel/family/dtype/head_dim, and which attention kernel this device would run.
 std::string build_info() {
   std::ostringstream json;
   json << "{\"nvcc\": \"" << LONGCTX_NVCC_VERSION << "\", \"architectures\": \""
@@ -96,6 +124,8 @@ std::string build_info() {
          << "/" << instance.head_dim << "\": " << instance.shared_bytes;
     separator = ", ";
   }
+  json << "}, \"attention\": {";
+  write_attention_paths(json);
   json << "}}";
   return json.str();
 }
@@ -104,15 +134,16 @@ std::string build_info() {
 }  // namespace longctx
 
 STABLE_TORCH_LIBRARY_IMPL(longctx, CompositeExplicitAutograd, m) {
+  m.impl("_force_cuda_path", TORCH_BOX(&longctx::force_cuda_path));
   m.impl("cuda_build_info", TORCH_BOX(&longctx::build_info));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(longctx, CUDA, m) {
   using namespace longctx;
+  m.impl("attention", TORCH_BOX(&OnDevice<&attention<cuda::run_attention_cuda>>::run));
   m.impl("attention_mass",
          TORCH_BOX(&OnDevice<&attention_mass<cuda::run_attention_mass_cuda>>::run));
   m.impl("block_scores", TORCH_BOX(&OnDevice<&block_scores<cuda::run_block_scores_cuda>>::run));
-  m.impl("attention", TORCH_BOX(&OnDevice<&attention<cuda::run_attention_cuda>>::run));
   m.impl("block_sparse_attention",
          TORCH_BOX(&OnDevice<&block_sparse_attention<cuda::run_block_sparse_attention_cuda>>::run));
   m.impl("merge_states", TORCH_BOX(&OnDevice<&merge_states<cuda::run_merge_states_cuda>>::run));

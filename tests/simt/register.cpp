@@ -1,10 +1,11 @@
 // Registers the CUDA kernels, running on the CPU, under torch's CPU key: loaded after
 // liblongctx.so, this library takes over from the CPU kernels.
 #include "cuda/kernels.h"
+#include "ops/attention.h"
 #include "ops/attention_mass.h"
 #include "ops/block_scores.h"
-#include "ops/attention.h"
 #include "ops/block_sparse_attention.h"
+#include "ops/force_cuda_path.h"
 #include "ops/merge_states.h"
 #include "ops/select_blocks.h"
 #include "simt.h"
@@ -48,12 +49,16 @@ STABLE_TORCH_LIBRARY_IMPL(longctx_simt, CompositeExplicitAutograd, m) {
   m.impl("configure", TORCH_BOX(&longctx::configure));
 }
 
+STABLE_TORCH_LIBRARY_IMPL(longctx, CompositeExplicitAutograd, m) {
+  m.impl("_force_cuda_path", TORCH_BOX(&longctx::force_cuda_path));
+}
+
 STABLE_TORCH_LIBRARY_IMPL(longctx, CPU, m) {
   using namespace longctx;
   using namespace longctx::cuda;
+  m.impl("attention", TORCH_BOX(&attention<run_attention_cuda>));
   m.impl("attention_mass", TORCH_BOX(&attention_mass<run_attention_mass_cuda>));
   m.impl("block_scores", TORCH_BOX(&block_scores<run_block_scores_cuda>));
-  m.impl("attention", TORCH_BOX(&attention<run_attention_cuda>));
   m.impl("block_sparse_attention",
          TORCH_BOX(&block_sparse_attention<run_block_sparse_attention_cuda>));
   m.impl("merge_states", TORCH_BOX(&merge_states<run_merge_states_cuda>));
