@@ -2,6 +2,7 @@
 #include <torch/csrc/stable/accelerator.h>
 
 #include <mutex>
+#include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -10,6 +11,7 @@
 #include "cuda/instances.h"
 #include "cuda/kernels.h"
 #include "cuda/runtime.h"
+#include "cuda/supported.h"
 #include "ops/attention.h"
 #include "ops/attention_mass.h"
 #include "ops/block_scores.h"
@@ -74,45 +76,35 @@ Workspace::~Workspace() { delete static_cast<Tensor*>(owner_); }
 
 namespace {
 
-// Makes the device of the first tensor current while the op runs.
+// Makes the device of the first tensor current while the op runs. A first tensor on the CPU, beside
+// others on CUDA, is for the op's own checks.
 template <auto op>
 struct OnDevice;
 template <class Result, class... Rest, Result (*op)(const Tensor&, Rest...)>
 struct OnDevice<op> {
   static Result run(const Tensor& first, Rest... rest) {
-    const torch::stable::accelerator::DeviceGuard guard(first.get_device_index());
+    std::optional<torch::stable::accelerator::DeviceGuard> guard;
+    if (first.is_cuda()) guard.emplace(first.get_device_index());
     return op(first, rest...);
   }
 };
 
-// Which kernel attention takes on the current device and why, by dtype/head_dim, for tensors as
-// torch lays them out. Nothing without a device.
-void write_attention_paths(std::ostream& json) {
-  int num_devices = 0;
-  if (cudaGetDeviceCount(&num_devices) != cudaSuccess || num_devices == 0) return;
-  const std::pair<const char*, DType> dtypes[] = {
-      {"float32", DType::kFloat32}, {"bfloat16", DType::kBFloat16}, {"float16", DType::kFloat16}};
-  const char* separator = "";
-  for (const auto& [name, dtype] : dtypes) {
-    for (const int64_t head_dim : {64, 96, 128, 192, 256}) {
-      constexpr int64_t kRows = 1024;
-      AttentionParams params;
-      params.dtype = dtype;
-      params.seqs.batch = params.seqs.num_seqs = params.num_q_heads = params.num_kv_heads = 1;
-      params.seqs.seqlen_q = params.seqs.seqlen_k = kRows;
-      params.head_dim = params.head_dim_v = head_dim;
-      params.q = {nullptr, kRows * head_dim, kRows * head_dim, head_dim};
-      params.k = params.v = params.out = params.q;
-      const auto choice = cuda::choose_attention_path(params, nullptr, cuda::device_limits());
-      json << separator << "\"" << name << "/" << head_dim << "\": \""
-           << cuda::path_name(choice.path) << ": " << choice.reason << "\"";
-      separator = ", ";
-    }
-  }
+// Instead of a launcher: keeps the path that the call would take.
+thread_local cuda::AttentionChoice chosen;
+void choose(const AttentionParams& params) {
+  cuda::require_supported("attention", params.dtype, params.head_dim, params.seqs);
+  chosen = cuda::choose_attention_path(params, nullptr, cuda::device_limits());
 }
 
-// JSON: how this library was compiled, what its instances ask of shared memory, by
-// kernel/family/dtype/head_dim, and which attention kernel this device would run.
+// "sm90: Hopper": the kernel of causal attention over these inputs, and why that one.
+std::string attention_path(const Tensor& q, const Tensor& k, const Tensor& v) {
+  attention<&choose>(q, k, v, true, std::nullopt, -1, -1, 0, 0.0, std::nullopt, std::nullopt,
+                     std::nullopt, std::nullopt, std::nullopt, std::nullopt);
+  return std::string(cuda::path_name(chosen.path)) + ": " + chosen.reason;
+}
+
+// JSON: how this library was compiled, and what its instances ask of shared memory, by
+// kernel/family/dtype/head_dim.
 std::string build_info() {
   std::ostringstream json;
   json << "{\"nvcc\": \"" << LONGCTX_NVCC_VERSION << "\", \"architectures\": \""
@@ -124,8 +116,6 @@ std::string build_info() {
          << "/" << instance.head_dim << "\": " << instance.shared_bytes;
     separator = ", ";
   }
-  json << "}, \"attention\": {";
-  write_attention_paths(json);
   json << "}}";
   return json.str();
 }
@@ -141,6 +131,7 @@ STABLE_TORCH_LIBRARY_IMPL(longctx, CompositeExplicitAutograd, m) {
 STABLE_TORCH_LIBRARY_IMPL(longctx, CUDA, m) {
   using namespace longctx;
   m.impl("attention", TORCH_BOX(&OnDevice<&attention<cuda::run_attention_cuda>>::run));
+  m.impl("_cuda_attention_path", TORCH_BOX(&OnDevice<&attention_path>::run));
   m.impl("attention_mass",
          TORCH_BOX(&OnDevice<&attention_mass<cuda::run_attention_mass_cuda>>::run));
   m.impl("block_scores", TORCH_BOX(&OnDevice<&block_scores<cuda::run_block_scores_cuda>>::run));
