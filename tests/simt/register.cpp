@@ -27,6 +27,7 @@ Choice chosen(const char* argument, const Name& name,
 void configure(const Name& schedule, const Name& landing, int64_t seed) {
   using simt::Landing;
   using simt::Schedule;
+  const bool hopper = simt::mode.hopper;
   simt::mode = {
       chosen<Schedule>("schedule", schedule,
                        {{"round_robin", Schedule::kRoundRobin},
@@ -35,7 +36,11 @@ void configure(const Name& schedule, const Name& landing, int64_t seed) {
       chosen<Landing>(
           "landing", landing,
           {{"early", Landing::kEarly}, {"late", Landing::kLate}, {"random", Landing::kRandom}}),
-      static_cast<uint64_t>(seed)};
+      static_cast<uint64_t>(seed), hopper};
+}
+
+void choose_device(const Name& device) {
+  simt::mode.hopper = chosen<bool>("device", device, {{"sm_80", false}, {"sm_90", true}});
 }
 
 }  // namespace
@@ -43,10 +48,12 @@ void configure(const Name& schedule, const Name& landing, int64_t seed) {
 
 STABLE_TORCH_LIBRARY(longctx_simt, m) {
   m.def("configure(str schedule, str landing, int seed) -> ()");
+  m.def("choose_device(str device) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(longctx_simt, CompositeExplicitAutograd, m) {
   m.impl("configure", TORCH_BOX(&longctx::configure));
+  m.impl("choose_device", TORCH_BOX(&longctx::choose_device));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(longctx, CompositeExplicitAutograd, m) {
