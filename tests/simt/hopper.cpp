@@ -71,7 +71,7 @@ struct Hopper : BlockExtension {
   static constexpr int kIssueSlots = 256;
   std::map<const void*, MBarrier> mbarriers;
   std::map<int, WarpProducts> warps;
-  tsan::Context copy_engine{"tensor copy engine"};
+  tsan::Context copy_engine{seen_by_tsan() ? "tensor copy engine" : nullptr};
   uint64_t issue_order[kIssueSlots] = {};
   int64_t issued = 0;
 };

@@ -112,6 +112,7 @@ class Block {
   bool lands_at_issue();
   char* shared_memory() const { return shared_; }
   std::unique_ptr<BlockExtension>& extension() { return extension_; }
+  bool checked() const { return copiers_.front()->thread() != nullptr; }
   void thread_main();
 
  private:
@@ -479,6 +480,7 @@ void run_grid(const char* op, unsigned grid_x, unsigned grid_y, int num_threads,
     try {
       next->run();
     } catch (const std::runtime_error& error) {
+      if (!check) tsan::ignore_end();
       fail("block (" + std::to_string(first.block_x) + ", " + std::to_string(first.block_y) +
            "): " + error.what());
     }
@@ -520,6 +522,7 @@ void wait_for_wake(const char* name, const void* key, Where where) {
 void wake(const void* key) { block->wake(key); }
 void in_background(std::function<void()> work) { block->in_background(std::move(work)); }
 bool lands_at_issue() { return block->lands_at_issue(); }
+bool seen_by_tsan() { return block->checked(); }
 std::unique_ptr<BlockExtension>& block_extension() { return block->extension(); }
 void commit_copies() { block->self().copies.commit(); }
 void wait_copies(int pending) { block->self().copies.wait(pending); }

@@ -109,6 +109,9 @@ void in_background(std::function<void()> work);
 // Of work that a thread waits for: whether it is done when it is issued.
 bool lands_at_issue();
 
+// Whether ThreadSanitizer looks at the running block.
+bool seen_by_tsan();
+
 // State that lives as long as the running block; one type of it.
 struct BlockExtension {
   virtual ~BlockExtension() = default;

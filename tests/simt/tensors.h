@@ -157,8 +157,8 @@ inline void expect_close(double got, double expected, double tolerance, const st
   if (!ok) ADD_FAILURE() << what << ": " << got << " instead of " << expected;
 }
 
-// ThreadSanitizer sees an order that is missing whether or not it mattered this time, and is slow: a
-// test runs in one mode under it, the next test in the next one.
+// ThreadSanitizer sees an order that is missing whether or not it mattered this time, and is slow:
+// a test runs in one mode under it, the next test in the next one.
 template <class Body>
 void in_every_mode(const Body& body) {
   static size_t turn = 0;
