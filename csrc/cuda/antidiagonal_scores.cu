@@ -13,8 +13,7 @@ constexpr int64_t kStateBytes = int64_t{1} << 28;  // of a slab; at least one un
 void launch_states(const BlockScoresParams& p, const GroupGrid& grid, int64_t units) {
   const auto run = [&](auto kernel) {
     launch(kOp, kernel, dim3(static_cast<unsigned>(units * grid.column_tiles)), kGroupThreads,
-           tile_shared_bytes<kGroupColumns>() + kTileRows * static_cast<int64_t>(sizeof(int32_t)),
-           p, grid);
+           kGroupSharedBytes, p, grid);
   };
   if (p.dtype == DType::kFloat32) {
     run(&antidiagonal_states_kernel<float>);

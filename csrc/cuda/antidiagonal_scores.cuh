@@ -23,6 +23,9 @@ constexpr int kGroupThreads = ScoreTile<float, kGroupColumns>::kThreads;
 constexpr int kMaxPiece = 64;
 constexpr int kGroupStride = kGroupColumns + 1;
 constexpr int kRowThreads = 128;
+constexpr int64_t kGroupSharedBytes =
+    tile_shared_bytes<kGroupColumns>() + kTileRows * static_cast<int64_t>(sizeof(int32_t));
+static_assert(kGroupSharedBytes <= kLeastSharedMemory);
 
 // A tile has kTileRows query groups: whole rows of the map. A state covers a key block, or half of
 // one that has more than kMaxPiece groups.
