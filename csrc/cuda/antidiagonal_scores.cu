@@ -13,8 +13,7 @@ constexpr int64_t kStateBytes = int64_t{1} << 28;  // of a slab; at least one un
 void launch_states(const BlockScoresParams& p, const GroupGrid& grid, int64_t units) {
   const auto run = [&](auto kernel) {
     launch(kOp, kernel, dim3(static_cast<unsigned>(units * grid.column_tiles)), kGroupThreads,
-           tile_shared_bytes<kGroupColumns>() + kTileRows * static_cast<int64_t>(sizeof(int32_t)),
-           p, grid);
+           kGroupSharedBytes, p, grid);
   };
   if (p.dtype == DType::kFloat32) {
     run(&antidiagonal_states_kernel<float>);
@@ -33,6 +32,7 @@ void score_antidiagonals(const BlockScoresParams& p) {
   const int64_t block_groups = p.map.block_size_k / p.stride;
   GroupGrid grid;
   grid.row_slots = num_slots(seqs, p.map.num_q_blocks, grid.tile_map_rows(p));
+  grid.unit_rows = std::min(grid.tile_map_rows(p), p.map.num_q_blocks);
   grid.column_tiles = (p.map.num_k_blocks * block_groups + kGroupColumns - 1) / kGroupColumns;
   grid.piece = static_cast<int>(std::min<int64_t>(block_groups, kMaxPiece));
   grid.num_pieces = grid.column_tiles * kGroupColumns / grid.piece;
@@ -47,9 +47,8 @@ void score_antidiagonals(const BlockScoresParams& p) {
   for (; grid.first_unit < num_units; grid.first_unit += slab) {
     const int64_t units = std::min(slab, num_units - grid.first_unit);
     launch_states(p, grid, units);
-    launch(kOp, &antidiagonal_rows_kernel,
-           dim3(static_cast<unsigned>(units * grid.tile_map_rows(p))), kRowThreads,
-           static_cast<int64_t>(sizeof(RowShared)), p, grid);
+    launch(kOp, &antidiagonal_rows_kernel, dim3(static_cast<unsigned>(units * grid.unit_rows)),
+           kRowThreads, static_cast<int64_t>(sizeof(RowShared)), p, grid);
   }
 }
 

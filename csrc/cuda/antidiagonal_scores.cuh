@@ -23,6 +23,9 @@ constexpr int kGroupThreads = ScoreTile<float, kGroupColumns>::kThreads;
 constexpr int kMaxPiece = 64;
 constexpr int kGroupStride = kGroupColumns + 1;
 constexpr int kRowThreads = 128;
+constexpr int64_t kGroupSharedBytes =
+    tile_shared_bytes<kGroupColumns>() + kTileRows * static_cast<int64_t>(sizeof(int32_t));
+static_assert(kGroupSharedBytes <= kLeastSharedMemory);
 
 // A tile has kTileRows query groups: whole rows of the map. A state covers a key block, or half of
 // one that has more than kMaxPiece groups.
@@ -30,6 +33,7 @@ struct GroupGrid {
   float* states = nullptr;  // [units of the slab, kTileRows, num_pieces]
   int64_t first_unit = 0;   // of the slab; a unit is one head's tile of rows
   int64_t row_slots = 0;    // units of a head
+  int64_t unit_rows = 0;    // rows of the map in a unit, at most
   int64_t column_tiles = 0;
   int64_t num_pieces = 0;
   int piece = 0;  // key groups of a state
@@ -165,9 +169,9 @@ struct RowShared {
 // The mean over the groups of a map row that see a key. A block of threads a row.
 LONGCTX_KERNEL(kRowThreads, 4)
 antidiagonal_rows_kernel(const BlockScoresParams p, const GroupGrid grid) {
-  const int64_t unit = device::block_index() / grid.tile_map_rows(p);
+  const int64_t unit = device::block_index() / grid.unit_rows;
   const GroupTile tile(p, grid, grid.first_unit + unit);
-  const int64_t row = tile.piece.row + device::block_index() % grid.tile_map_rows(p);
+  const int64_t row = tile.piece.row + device::block_index() % grid.unit_rows;
   const Groups groups{p, tile.piece.map};
   const Interval own = groups.row_groups(row);
   if (tile.num_groups == 0 || own.begin >= own.end) return;

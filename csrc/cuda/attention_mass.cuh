@@ -61,10 +61,11 @@ struct MassShared {
   WarpTracks warps[kMassWarps];
 };
 
-inline int64_t mass_shared_bytes(int q_slots) {
+constexpr int64_t mass_shared_bytes(int q_slots) {
   return q_slots * slice_bytes(kTileRows) + kStages * slice_bytes(kMassKeys) +
          static_cast<int64_t>(sizeof(MassShared));
 }
+static_assert(mass_shared_bytes(kStages) <= kLeastSharedMemory);
 
 // Whether rows [row_begin, row_end) may see one of the keys [key_begin, key_end).
 LONGCTX_DEVICE bool rows_may_see(const MaskParams& mask, const Sequence& seq, int64_t row_begin,

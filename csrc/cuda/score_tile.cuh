@@ -13,6 +13,8 @@ constexpr int kTileRows = 128;
 constexpr int kSliceBytes = 128;  // of a row
 constexpr int kStages = 3;        // slices under way or in use
 
+constexpr int64_t kLeastSharedMemory = 99 * 1024;  // of a block, on consumer cards
+
 constexpr int64_t slice_bytes(int rows) { return int64_t{rows} * kSliceBytes; }
 
 // 16 bytes of a slice. The order of a row's chunks depends on the row, so that neither products nor
