@@ -1,4 +1,4 @@
-# make demo, make test, make bench, make lint, make clean: each from a clean clone, nothing set up before.
+# make demo, make test, make simt, make bench, make lint, make clean: each from a clean clone, nothing set up before.
 #
 # PYTHON that already has torch >= 2.10 is used as it is; otherwise an environment is made in .venv with
 # TORCH. `make TORCH=torch` takes the newest torch instead.
@@ -20,7 +20,7 @@ endif
 SOURCES := $(shell find csrc include python build_tools CMakeLists.txt pyproject.toml -type f -not -name '*.so' -not -path '*/__pycache__/*')
 INSTALLED := build/installed-$(shell echo $(PY) | cksum | cut -d' ' -f1)
 
-.PHONY: demo test test-cpp bench lint clean install
+.PHONY: demo test test-cpp simt bench lint clean install
 
 demo: $(INSTALLED)
 	$(PY) -m longctx demo
@@ -54,6 +54,21 @@ test-cpp: $(INSTALLED)
 	  $(PY) -m cmake -S . -B build/cpp -G Ninja -DLONGCTX_TESTS=ON -DPython_EXECUTABLE=$(abspath $(PY)) >/dev/null && \
 	  $(PY) -m cmake --build build/cpp --target longctx_tests && $(dir $(PY))ctest --test-dir build/cpp --output-on-failure; \
 	else echo "C++ tests not run: no GoogleTest (Debian: apt-get install libgtest-dev)"; fi
+
+# The CUDA kernels on the CPU, one fiber per CUDA thread, under AddressSanitizer and ThreadSanitizer
+# (tests/simt). Needs no GPU and no nvcc, only the CUDA headers.
+CUDA_HOME ?= /usr/local/cuda
+simt: | toolchain $(PY)
+	@if [ "$$(uname -m)" != x86_64 ]; then echo "host SIMT not run: it switches stacks by x86-64 assembly"; \
+	elif [ ! -e $(CUDA_HOME)/include/cuda_bf16.h ]; then echo "host SIMT not run: no CUDA headers in $(CUDA_HOME) (set CUDA_HOME)"; \
+	elif [ ! -e /usr/include/gtest/gtest.h ]; then echo "host SIMT not run: no GoogleTest (Debian: apt-get install libgtest-dev)"; \
+	else \
+	  $(PY) -m pip install -q cmake ninja && \
+	  $(PY) -m cmake -S . -B build/simt -G Ninja -DLONGCTX_SIMT=ON $(subst -C cmake.define.,-D,$(LAUNCHER)) \
+	    -DLONGCTX_CUDA_INCLUDE=$(CUDA_HOME)/include -DPython_EXECUTABLE=$(abspath $(PY)) >/dev/null && \
+	  $(PY) -m cmake --build build/simt --target simt_tests longctx_lanes_simt && \
+	  $(dir $(PY))ctest --test-dir build/simt --output-on-failure -j2; \
+	fi
 
 # After the install: mypy reads the types of torch and transformers.
 lint: $(INSTALLED)

@@ -24,6 +24,8 @@ void define(torch::stable::detail::StableLibrary& library, const std::string& sc
 }  // namespace
 
 STABLE_TORCH_LIBRARY(longctx, m) {
+  define(m, "_cuda_attention_path(Tensor q, Tensor k, Tensor v) -> str");
+  define(m, "_force_cuda_path(str path) -> ()");
   define(m, "_force_isa(str isa) -> ()");
   define(m,
          "attention(Tensor q, Tensor k, Tensor v, " + kAttentionOptions + ") -> (Tensor, Tensor)");

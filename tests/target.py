@@ -161,9 +161,11 @@ def _load_simt(path: Path, mode: str | None) -> frozenset[str]:
     torch.ops.load_library(str(path.resolve()))
     if mode is not None:
         parts = mode.split(",")
-        if len(parts) != 3 or not parts[2].isdecimal():
-            raise pytest.UsageError(f"--simt-mode must be schedule,landing,seed; got {mode!r}")
+        if len(parts) not in (3, 4) or not parts[2].isdecimal():
+            raise pytest.UsageError(f"--simt-mode must be schedule,landing,seed or those and a device; got {mode!r}")
         if not hasattr(torch.ops.longctx_simt, "configure"):
             raise pytest.UsageError(f"{path.name} has no longctx_simt::configure, which --simt-mode needs")
         torch.ops.longctx_simt.configure(parts[0], parts[1], int(parts[2]))
+        for device in parts[3:]:
+            torch.ops.longctx_simt.choose_device(device)
     return frozenset(op for op in ops if _cpu_kernel(op) != before[op])

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -48,6 +51,27 @@ def test_inputs_at_full_length(case: GpuCase) -> None:
     inputs = case.work("meta").inputs
     assert inputs["k"].shape[2] == case.length
     assert inputs["q"].device.type == "meta"
+
+
+def test_measured_beside_its_peers() -> None:
+    report = gpu.Report({})
+    said: list[str] = []
+    gpu.measure_all([HEADLINE[0]], report, device="cpu", length=256, rounds=2, say=said.append)
+    measured = report.results[0]
+    assert measured.seconds["longctx"] > 0
+    assert measured.seconds["sdpa flash"] > 0
+    assert set(measured.errors) <= NEEDS_CUDA
+    assert not report.not_measured
+    assert "| sdpa flash |" in said[0]
+
+
+def test_a_case_that_cannot_be_built_is_reported() -> None:
+    report = gpu.Report({})
+    broken = GpuCase("no blocks", "block_sparse_attention", 100, lambda length, device: 1 // 0)  # type: ignore[arg-type, return-value]
+    gpu.measure_all([broken], report, device="cpu", say=lambda text: None)
+    assert report.not_measured == [
+        "block_sparse_attention: no blocks, 100: ZeroDivisionError: integer division or modulo by zero"
+    ]
 
 
 def test_prompt_case() -> None:
@@ -177,6 +201,58 @@ def test_bench_on_cuda_needs_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 # ---- bench/gpu.sh ----
+
+
+def load_script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("bench_gpu", ROOT / "bench" / "gpu.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_stages_share_the_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    script = load_script()
+    given: dict[str, float] = {}
+
+    def stage(name: str, seconds: float, outcome: str = "passed", missing: tuple[str, ...] = ()) -> Any:
+        def run(runner: Any, share: float) -> str:
+            given[name] = share
+            return outcome
+
+        return script.Stage(name, seconds, "a stage", lambda machine: list(missing), run)
+
+    stages = [stage("a", 30), stage("b", 30, missing=("ncu",)), stage("c", 60, "failed (exit code 1)"), stage("d", 60)]
+    machine = script.Machine(None, None, None, None)
+    done = script.run_stages(stages, script.Runner(machine, tmp_path, time.monotonic() + 90))
+    assert [entry["outcome"] for entry in done] == ["passed", "not run: no ncu", "failed (exit code 1)", "passed"]
+    assert given["a"] == pytest.approx(15, abs=1)  # half of what it wants, as there is half the time
+    assert given["c"] == pytest.approx(45, abs=1)  # what is left, shared with the last
+    assert given["d"] == pytest.approx(90, abs=1)  # all that is left
+    assert "b: not run: no ncu" in capsys.readouterr().out
+    late = script.run_stages(stages[:1], script.Runner(machine, tmp_path, time.monotonic() + 1))
+    assert [entry["outcome"] for entry in late] == ["not run: no time was left"]
+
+
+def test_commands_end_in_time_and_leave_a_log(tmp_path: Path) -> None:
+    script = load_script()
+    runner = script.Runner(script.Machine(None, None, None, None), tmp_path, time.monotonic() + 90)
+    assert runner.command("log", 20, sys.executable, "-c", "print('all well')") == "passed"
+    assert runner.command("log", 20, sys.executable, "-c", "raise SystemExit(3)") == "failed (exit code 3)"
+    assert runner.command("log", 1, sys.executable, "-c", "import time; time.sleep(30)") == "ran out of its 1 s"
+    assert (tmp_path / "log.log").read_text() == "all well\n"
+
+
+def test_finish_adds_stages_and_commit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    gpu.write(SYNTHETIC, tmp_path)
+    stages = [{"name": "lanes", "outcome": "not run: no time was left", "seconds": 0.0}]
+    load_script().finish(tmp_path, stages)
+    document = json.loads((tmp_path / "gpu.json").read_text())
+    assert document["stages"] == stages
+    assert document["results"] == json.loads(json.dumps(SYNTHETIC.document()["results"]))
+    assert "| lanes | not run: no time was left | 0 |" in capsys.readouterr().out
 
 
 def run_gpu_sh(*arguments: str) -> subprocess.CompletedProcess[str]:

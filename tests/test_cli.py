@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import longctx
+from longctx import _info
 from longctx.cli import main
 from longctx.testing import available_isas, force_isa
 
@@ -30,6 +31,34 @@ def test_info_as_text(capsys):
     printed = capsys.readouterr().out
     assert f"longctx                  {longctx.__version__}" in printed
     assert "longctx::merge_states(Tensor out, Tensor lse" in printed
+
+
+def test_info_tells_what_cuda_would_run(capsys):
+    cuda = info(capsys, "--verbose")["cuda"]
+    assert cuda["available"] == (torch.cuda.is_available() and "liblongctx_cuda.so" in longctx.info()["libraries"])
+    assert cuda["available"] or "CUDA" in cuda["why"] or "GPU" in cuda["why"]
+    if not cuda["available"]:
+        return
+    assert set(cuda["attention"]) >= {"bfloat16 128", "float16 64", "float32 256"}
+    assert all(path.split(":")[0] in ("sm90", "sm80", "float32") for path in cuda["attention"].values())
+    # What TMA cannot read goes to the kernel that every GPU runs.
+    assert cuda["attention"]["bfloat16 128, odd strides"].startswith("sm80")
+
+
+@pytest.mark.runs_on("cpu", reason="a stand-in for the op that a GPU has")
+def test_every_dtype_and_head_dim_has_a_path():
+    """The op itself answers on CUDA; here it repeats what it was asked."""
+    asked = []
+    library = torch.library.Library("longctx", "IMPL")
+    library.impl("_cuda_attention_path", lambda q, k, v: asked.append(q) or f"sm80: {q.shape[3]}", "CPU")
+    try:
+        paths = _info.attention_paths("cpu")
+    finally:
+        library._destroy()
+    assert len(paths) == 19
+    assert paths["float16 96"] == "sm80: 96"
+    assert asked[-1].storage_offset() % 2 == 1
+    assert asked[-1].stride(2) == 129
 
 
 @pytest.mark.runs_on("cpu", reason="about the engines of the CPU kernels")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import longctx
-from cases import CASES, Call, OpCase, qkv
+from cases import CASES, DTYPES, Call, OpCase, qkv, random_blocks
 from checks import as_tuple, assert_equal_to_rounding, assert_same_bits, assert_same_result
 from longctx.testing import surround_with_nan
 
@@ -71,6 +71,29 @@ def test_strided_inputs_amid_nan(isa: str, case: OpCase, variant: str) -> None:
                 if is_float(value) and value.dim() == 4 and value.shape[-1] > 1 and name not in ("lse", "lse_override")
             }
             assert_same_result(case.name, case.op(**(call | views)), expected)
+
+
+@pytest.mark.parametrize("layout", ["pointer", "rows", "both"])
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("dtype", [dtype for dtype in DTYPES if dtype != torch.float64], ids=str)
+@pytest.mark.parametrize("name", ["attention", "block_sparse_attention", "attention_mass", "block_scores"])
+def test_misaligned_inputs(name: str, dtype: torch.dtype, head_dim: int, layout: str) -> None:
+    """A pointer off by one element, rows an odd number of elements apart: what wide loads and TMA cannot take."""
+    case = CASES[name]
+    call = qkv(dtype, batch=1, seqlen_q=70, seqlen_k=130, head_dim=head_dim)
+    if name == "block_sparse_attention":
+        call = random_blocks(call, block_size_q=64, block_size_k=32)
+    if name in ("attention_mass", "block_scores"):
+        del call["v"]
+    expected = case.op(**call)
+    pad, first = {"pointer": (8, 1), "rows": (3, 0), "both": (3, 1)}[layout]
+    for names in (("q",), ("k",), ("v",), ("q", "k", "v")):
+        views = {}
+        for argument in set(names) & set(call):
+            value = call[argument]
+            buffer = value.new_full((*value.shape[:3], head_dim + pad), torch.nan)
+            views[argument] = buffer[..., first : first + head_dim].copy_(value)
+        assert_same_result(name, case.op(**(call | views)), expected)
 
 
 @for_every_call

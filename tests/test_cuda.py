@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
 
 import pytest
 import torch
 
+import longctx
 import target
-from cases import CASES, OpCase, qkv, random_blocks
+from cases import CASES, Call, OpCase, qkv, random_blocks
+from checks import as_tuple, assert_same_bits, assert_same_result, check_attention
+from longctx.prefill import AttentionContext, LMInfinite
+from longctx.testing import force_cuda_path
+from policy_cases import CALLS, POLICIES, rope
+from test_conventions import for_every_op
 
 on_cuda_kernels = pytest.mark.runs_on("cuda", "simt", reason="about the CUDA kernels: --device cuda or --simt")
 
@@ -44,3 +53,153 @@ def test_large_head_dim_raises(name: str) -> None:
         narrow = {"q": call["q"][..., :16], "k": call["k"][..., :16], "v": call["k"]}
         with pytest.raises(ValueError, match=re.escape(rule)):
             CASES[name].op(**(call | narrow))
+
+
+# ---- what only a GPU can show ----
+
+on_gpu = pytest.mark.runs_on("cuda", reason="needs a GPU: --device cuda")
+
+
+@contextmanager
+def no_sync() -> Iterator[None]:
+    """Any wait for the GPU raises."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+def cuda_calls(case: OpCase) -> Iterator[Call]:
+    for make in case.calls.values():
+        for dtype in case.dtypes:
+            yield target.native(make(dtype))
+
+
+@on_gpu
+@for_every_op
+def test_ops_never_wait(case: OpCase) -> None:
+    for call in cuda_calls(case):
+        case.op(**call)  # the first call may allocate
+        with no_sync():
+            case.op(**call)
+
+
+@on_gpu
+@pytest.mark.parametrize("kind", CALLS)
+@pytest.mark.parametrize("name", [*POLICIES, "lminfinite"])
+def test_policies_on_gpu_tensors(name: str, kind: str) -> None:
+    """The same result as on the CPU, without a wait: all tensors on the GPU, kernels of the CPU beside them."""
+    case, policy = CALLS[kind], POLICIES.get(name, LMInfinite(num_global_tokens=5, window_size=40))
+    call = target.native({"q": case.q, "k": case.k, "v": case.v})
+    context = AttentionContext(layer_idx=1, rope=rope, **target.native(case.options))
+    policy.attend(**call, context=context)
+    with no_sync():
+        pattern = policy.select(call["q"], call["k"], context)
+        out, lse = policy.attend(**call, context=context)
+        density = pattern.density()
+    with target.cpu_kernels():
+        here = AttentionContext(layer_idx=1, rope=rope, **case.options)
+        expected_pattern = policy.select(case.q, case.k, here)
+        expected = policy.attend(case.q, case.k, case.v, here)
+    assert float(density) == pytest.approx(float(expected_pattern.density()), abs=0.02)
+    if torch.equal(pattern.to_mask().cpu(), expected_pattern.to_mask()):  # rounding may move a block at the cut
+        torch.testing.assert_close((out.cpu(), lse.cpu()), expected, rtol=1e-4, atol=1e-4)
+
+
+@on_gpu
+def test_indices_are_those_of_the_cpu() -> None:
+    """Of identical float32 scores, on the kernels of both devices."""
+    for make in CASES["select_blocks"].calls.values():
+        call = make(torch.float32)
+        actual = longctx.select_blocks(**target.native(call))
+        with target.cpu_kernels():
+            expected = longctx.select_blocks(**call)
+        for a, b in zip(actual, expected, strict=True):
+            assert torch.equal(a.cpu(), b)
+
+
+@on_gpu
+@for_every_op
+def test_graph_is_replayed_on_new_inputs(case: OpCase) -> None:
+    for call in cuda_calls(case):
+        case.op(**call)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = as_tuple(case.op(**call))
+        # Other values of the same kind: the rows in reverse.
+        for value in call.values():
+            if isinstance(value, torch.Tensor) and value.is_floating_point() and value.dim() > 2:
+                value.copy_(value.flip(2).clone())
+        graph.replay()
+        assert_same_bits(captured, case.op(**call))
+
+
+@on_gpu
+@for_every_op
+def test_tensors_on_two_devices_raise(case: OpCase) -> None:
+    for make in case.calls.values():
+        call = make(torch.float32)
+        there = target.native(call)
+        tensors = [name for name, value in call.items() if isinstance(value, torch.Tensor)]
+        for name in tensors if len(tensors) > 1 else ():
+            with pytest.raises(ValueError, match=rf"longctx::{case.name}: `\w+` must be on the device of .*; got "):
+                case.op(**(there | {name: call[name]}))
+
+
+@on_gpu
+@for_every_op
+def test_a_device_that_is_not_current(case: OpCase) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("one GPU: no other device to be current")
+    for call in cuda_calls(case):
+        expected = case.op(**call)
+        other = {name: v.to("cuda:1") if isinstance(v, torch.Tensor) else v for name, v in call.items()}
+        for output, wanted in zip(as_tuple(case.op(**other)), as_tuple(expected), strict=True):
+            assert output.device.index == 1
+            torch.testing.assert_close(output.cpu(), wanted.cpu())
+
+
+@on_gpu
+@pytest.mark.parametrize("name", ["attention", "block_sparse_attention", "attention_mass", "block_scores"])
+@pytest.mark.parametrize("dim", range(3))
+def test_addresses_beyond_32_bits(name: str, dim: int) -> None:
+    """Batch entries, heads or rows farther apart than 2^31 elements, all in one buffer."""
+    case = CASES[name]
+    call = target.native(case.calls["plain"](torch.bfloat16))
+    arguments = [argument for argument in ("q", "k", "v") if argument in call]
+    far = 2**31 + 64
+    if torch.cuda.mem_get_info()[0] < 2 * far * 2:
+        pytest.skip("less than 8 GiB of GPU memory are free")
+    buffer = torch.empty(far + 2**24, dtype=torch.bfloat16, device="cuda")
+    views = {}
+    for place, argument in enumerate(arguments):
+        near = call[argument]
+        if dim < 2 or name != "block_sparse_attention":  # whose list counts the rows
+            near = near.narrow(dim, 0, 2)
+        stride = (2**31 // (near.shape[dim] - 1)) + 64
+        strides = [near.stride(0), near.stride(1), near.stride(2), 1]
+        strides[dim] = stride // 8 * 8
+        views[argument] = buffer[place * 2**20 :].as_strided(near.shape, strides)
+        views[argument].copy_(near)
+    call |= {"lse": call["lse"].narrow(dim, 0, 2)} if "lse" in call else {}
+    contiguous = {argument: view.contiguous() for argument, view in views.items()}
+    assert_same_result(name, case.op(**(call | views)), case.op(**(call | contiguous)))
+
+
+@on_gpu
+@pytest.mark.parametrize("path", ["sm80", "sm90"])
+def test_forced_paths(path: Literal["sm80", "sm90"]) -> None:
+    q = torch.zeros(1, 1, 256, 128, dtype=torch.bfloat16, device="cuda")
+    if path == "sm90" and not torch.ops.longctx._cuda_attention_path(q, q, q).startswith("sm90"):
+        pytest.skip("this GPU or this build has no sm_90a path")
+    with force_cuda_path(path):
+        assert torch.ops.longctx._cuda_attention_path(q, q, q) == f"{path}: forced"
+        for seed, dim in enumerate((64, 128, 256)):
+            call = qkv(torch.bfloat16, seqlen_q=200, seqlen_k=333, head_dim=dim, seed=seed)
+            check_attention("attention", call)
+            check_attention("block_sparse_attention", random_blocks(call, block_size_q=128, block_size_k=128))
+    with pytest.raises(ValueError, match="longctx::_force_cuda_path: `path` must be"), force_cuda_path("sm70"):  # type: ignore[arg-type]
+        pass

@@ -40,9 +40,6 @@ void with_dim(int64_t dim, const F& f) {
 
 ForcedPath forced_path = ForcedPath::kAuto;
 
-// ---- tiles
-// ---------------------------------------------------------------------------------------
-
 // The most (row, head) pairs of a tile. 128 halve what a product reads from shared memory, but two
 // blocks must fit a multiprocessor, and every multiprocessor should get some.
 int64_t choose_tile_rows(const AttentionParams& p, const BlockList* blocks, int64_t max_heads,
@@ -101,9 +98,8 @@ AttentionPlan choose_plan(const char* op, const AttentionParams& p, const BlockL
   if (blocks == nullptr) {
     // Rows of several heads in a tile reach less far beyond the diagonal than those of one.
     constexpr int64_t kMinRows = 16;
-    grid.heads_per_item =
-        choose_heads(max_heads, hopper ? kMinRows : std::min(p.seqs.seqlen_q, kMinRows),
-                     plan.tile_rows);
+    grid.heads_per_item = choose_heads(
+        max_heads, hopper ? kMinRows : std::min(p.seqs.seqlen_q, kMinRows), plan.tile_rows);
     grid.block_rows = plan.tile_rows / grid.heads_per_item;
     if (hopper) grid.block_rows = grid.block_rows / 8 * 8;  // the rows of a copy's swizzle
     grid.blocks_per_seq = ceil_div(p.seqs.seqlen_q, grid.block_rows) +
@@ -119,9 +115,6 @@ AttentionPlan choose_plan(const char* op, const AttentionParams& p, const BlockL
   grid.num_splits = choose_splits(p, blocks, num_items(p, blocks, grid), places);
   return plan;
 }
-
-// ---- launches
-// ------------------------------------------------------------------------------------
 
 void require_supported_attention(const char* op, const AttentionParams& p) {
   require_supported(op, p.dtype, p.head_dim, p.seqs);

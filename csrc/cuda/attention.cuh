@@ -8,7 +8,12 @@
 //   B   V i and table i+1 are there, and every warp has read K i
 //       start K i+1                       acc += p v
 //   Table i+1 replaces table i-1, whose last reader, the mask of step i-1, is before B i-1.
-//   Before A 0 lie the row masks (a barrier), then table 0 (a barrier), then K 0.
+//   Before A 0 lie the item, the row masks and table 0, a barrier after each, then K 0.
+//
+// Floor of a step of 128 rows at head_dim 128, counted in the binary: a warp's 256 products hold
+// its tensor core for 2048 cycles on Ampere and 1024 on Hopper; its 64 exponentials a lane take
+// 512, its instructions about 800 issue slots. The four warps' 320 matrix loads and the copies hold
+// the shared memory for 1536 cycles, which is the floor on Hopper.
 #pragma once
 #include "cuda/attention.h"
 #include "cuda/online_softmax.cuh"
@@ -21,6 +26,13 @@ constexpr int kAttentionWarps = 4;
 constexpr int kAttentionThreads = kAttentionWarps * device::kWarpSize;
 constexpr int kTileKeys = 64;
 
+// Blocks that should share a multiprocessor: what the registers of accumulators and scores allow.
+template <int kHeadDim, int kTileRows>
+constexpr int kMinBlocks = kTileRows == 128 ? (kHeadDim <= 64 ? 3 : 2)
+                                            : (kHeadDim <= 64    ? 4
+                                               : kHeadDim <= 128 ? 3
+                                                                 : 2);
+
 // What a launch hands to the kernel beside the params.
 struct AttentionLaunch {
   BlockList blocks;  // block_indptr null: dense
@@ -28,6 +40,13 @@ struct AttentionLaunch {
   ScoreScale scale;
   SourceRows q, k, v, out;
   AttentionPartials partials;
+};
+
+// What a block works on. In shared memory, so that it takes no registers while the products run.
+struct AttentionTask {
+  Item item;
+  const uint16_t* k;  // [head_dim], the first key of the sequence
+  const uint16_t* v;  // [head_dim_v]
 };
 
 // A block's shared memory.
@@ -39,7 +58,8 @@ struct AttentionShared {
   static constexpr int kK = kQ + kTileRows * TileRows<kHeadDim>::kRowBytes;
   static constexpr int kV = kK + kTileKeys * TileRows<kHeadDim>::kRowBytes;
   static constexpr int kMask = kV + kTileKeys * TileRows<kHeadDimV>::kRowBytes;
-  static constexpr int kKeys = kMask + sizeof(Mask);  // [2]
+  static constexpr int kTask = kMask + sizeof(Mask);
+  static constexpr int kKeys = kTask + sizeof(AttentionTask);  // [2]
   static constexpr int kBytes = kKeys + 2 * sizeof(Keys);
   static_assert(kBytes <= 99 * 1024 && kHeadDimV <= kHeadDim);
 
@@ -49,46 +69,54 @@ struct AttentionShared {
   LONGCTX_DEVICE char* k() const { return base + kK; }
   LONGCTX_DEVICE char* v() const { return base + kV; }
   LONGCTX_DEVICE Mask& mask() const { return *reinterpret_cast<Mask*>(base + kMask); }
+  LONGCTX_DEVICE AttentionTask& task() const {
+    return *reinterpret_cast<AttentionTask*>(base + kTask);
+  }
   LONGCTX_DEVICE Keys& keys(int parity) const {
     return reinterpret_cast<Keys*>(base + kKeys)[parity];
   }
 };
 
-// Where a lane finds its matrix rows of 16 x 16 blocks of a tile: matrices 0 and 1 hold rows 0 to
-// 15 of the left half if `down`, else the upper half's left and right.
+// Where a lane finds its rows of 16 x 16 blocks in tiles with kCols columns.
 template <int kCols>
 class MatrixLane {
  public:
-  LONGCTX_DEVICE MatrixLane(const char* tile, bool down) {
+  // Offsets count from `base`, a multiple of 128 bytes before the tiles. The four matrices of a
+  // block go down its left half, then its right; or, if not `down`, along its upper half, then its
+  // lower.
+  LONGCTX_DEVICE MatrixLane(const char* base, bool down) : base_(base) {
     const int lane = device::lane_index();
     const int row = down ? lane % 16 : lane / 16 * 8 + lane % 8;
-    first_ = tile + TileRows<kCols>::offset(row, down ? lane / 16 : lane / 8 % 2);
+    first_ = device::opaque(TileRows<kCols>::offset(row, down ? lane / 16 : lane / 8 % 2));
   }
-  // Row `row` (a multiple of 8) and columns 16 * step of the tile are the block's first.
-  LONGCTX_DEVICE const char* at(int row, int step) const {
-    // The chunk's lowest bit is the lane's own, so that an xor moves it within a panel.
-    const auto moved = reinterpret_cast<uintptr_t>(first_) ^ static_cast<uintptr_t>(step % 4 * 32);
-    return reinterpret_cast<const char*>(moved) + step / 4 * 128 + row * TileRows<kCols>::kRowBytes;
+  // The block at row `row`, a multiple of 8, and column 16 * step of the tile at `offset`.
+  LONGCTX_DEVICE const char* at(int offset, int row, int step) const {
+    // The chunk's lowest bit is the lane's own, so that an xor moves it within its 128 bytes.
+    return base_ + (first_ ^ step % 4 * 32) + offset + step / 4 * 128 +
+           row * TileRows<kCols>::kRowBytes;
   }
 
  private:
-  const char* first_;
+  const char* base_;
+  int first_;
 };
 
-// s += q k^T. Q: the warp's rows.
-template <class T, int kHeadDim, int kRowTiles>
-LONGCTX_DEVICE void multiply_scores(const char* q, const char* k,
+// s += q k^T, of the warp's rows.
+template <class T, class Shared, int kHeadDim, int kRowTiles>
+LONGCTX_DEVICE void multiply_scores(const Shared& shared, int first_row,
                                     float (&s)[kRowTiles][kTileKeys / 8][4]) {
-  const MatrixLane<kHeadDim> q_lane(q, true), k_lane(k, false);
+  const MatrixLane<kHeadDim> q_lane(shared.q(first_row), true), k_lane(shared.base, false);
 #pragma unroll
   for (int step = 0; step < kHeadDim / 16; ++step) {
     uint32_t a[kRowTiles][4];
 #pragma unroll
-    for (int m = 0; m < kRowTiles; ++m) device::load_matrices(a[m], q_lane.at(16 * m, step));
+    for (int m = 0; m < kRowTiles; ++m) {
+      device::load_matrices(a[m], q_lane.at(Shared::kQ, 16 * m, step));
+    }
 #pragma unroll
     for (int n = 0; n < kTileKeys / 8; n += 2) {
       uint32_t b[4];
-      device::load_matrices(b, k_lane.at(8 * n, step));
+      device::load_matrices(b, k_lane.at(Shared::kK, 8 * n, step));
 #pragma unroll
       for (int m = 0; m < kRowTiles; ++m) {
         device::multiply_add(T(), s[m][n], a[m], b[0], b[1]);
@@ -98,30 +126,22 @@ LONGCTX_DEVICE void multiply_scores(const char* q, const char* k,
   }
 }
 
-// acc += p v. The accumulators of s are, packed in pairs, the left operand of the next product.
-template <class T, int kHeadDimV, int kRowTiles>
-LONGCTX_DEVICE void add_values(const float (&p)[kRowTiles][kTileKeys / 8][4], const char* v,
+// acc += p v.
+template <class T, class Shared, int kHeadDimV, int kRowTiles>
+LONGCTX_DEVICE void add_values(const Shared& shared,
+                               const uint32_t (&p)[kRowTiles][kTileKeys / 16][4],
                                float (&acc)[kRowTiles][kHeadDimV / 8][4]) {
-  const MatrixLane<kHeadDimV> v_lane(v, true);
+  const MatrixLane<kHeadDimV> v_lane(shared.base, true);
 #pragma unroll
   for (int step = 0; step < kTileKeys / 16; ++step) {
-    uint32_t a[kRowTiles][4];
-#pragma unroll
-    for (int m = 0; m < kRowTiles; ++m) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float* pair = &p[m][2 * step + i / 2][i % 2 * 2];
-        a[m][i] = device::pack_pair(T(), pair[0], pair[1]);
-      }
-    }
 #pragma unroll
     for (int n = 0; n < kHeadDimV / 8; n += 2) {
       uint32_t b[4];
-      device::load_matrices_transposed(b, v_lane.at(16 * step, n / 2));
+      device::load_matrices_transposed(b, v_lane.at(Shared::kV, 16 * step, n / 2));
 #pragma unroll
       for (int m = 0; m < kRowTiles; ++m) {
-        device::multiply_add(T(), acc[m][n], a[m], b[0], b[1]);
-        device::multiply_add(T(), acc[m][n + 1], a[m], b[2], b[3]);
+        device::multiply_add(T(), acc[m][n], p[m][step], b[0], b[1]);
+        device::multiply_add(T(), acc[m][n + 1], p[m][step], b[2], b[3]);
       }
     }
   }
@@ -196,14 +216,24 @@ LONGCTX_DEVICE void write_split(const AttentionParams& p, const AttentionLaunch&
 }
 
 template <class T, int kHeadDim, int kHeadDimV, int kTileRows>
-LONGCTX_KERNEL(kAttentionThreads, 2)
-attention_kernel(const AttentionParams p, const AttentionLaunch launch) {
+LONGCTX_KERNEL(kAttentionThreads, (kMinBlocks<kHeadDim, kTileRows>))
+attention_kernel(const LONGCTX_GRID_CONSTANT AttentionParams p,
+                 const LONGCTX_GRID_CONSTANT AttentionLaunch launch) {
   constexpr int kWarpRows = kTileRows / kAttentionWarps, kRowTiles = kWarpRows / 16;
-  const AttentionShared<kHeadDim, kHeadDimV, kTileRows> shared;
+  using Shared = AttentionShared<kHeadDim, kHeadDimV, kTileRows>;
+  const Shared shared;
   const BlockList* blocks = launch.blocks.block_indptr == nullptr ? nullptr : &launch.blocks;
-  const Item item = item_at(p, blocks, launch.grid, device::block_index());
-  if (item.num_rows == 0) return;
   const int warp = device::warp_index(), first_row = warp * kWarpRows;
+  if (warp == 0) {
+    const Item found = item_at(p, blocks, launch.grid, device::block_index());
+    if (device::lane_index() == 0) {
+      shared.task() = {found, row_address<uint16_t>(p.k, found, found.kv_head, found.seq.k_begin),
+                       row_address<uint16_t>(p.v, found, found.kv_head, found.seq.k_begin)};
+    }
+  }
+  device::sync_threads();
+  const Item& item = shared.task().item;
+  if (item.num_rows == 0) return;
   // The last warp walks the keys: it has no rows where an item is short.
   const bool walks = warp == kAttentionWarps - 1;
   const bool has_rows = first_row < item.num_pairs();
@@ -216,9 +246,6 @@ attention_kernel(const AttentionParams p, const AttentionLaunch launch) {
                                   item.seq.q_begin + item.row(own_pair));
   }
   copy_own_rows<kHeadDim, kWarpRows>(shared.q(first_row), q_row, launch.q);
-  const uint16_t* k_rows = row_address<uint16_t>(p.k, item, item.kv_head, item.seq.k_begin);
-  const uint16_t* v_rows = row_address<uint16_t>(p.v, item, item.kv_head, item.seq.k_begin);
-
   shared.mask().init_rows(p.mask, item);
   device::sync_threads();
   KeyTiles<kTileKeys, kTileRows> tiles(shared.mask());
@@ -228,9 +255,9 @@ attention_kernel(const AttentionParams p, const AttentionLaunch launch) {
     tiles.next(shared.keys(0));
   }
   device::sync_threads();
-  if (shared.keys(0).exists()) {
-    copy_keys<kHeadDim, kAttentionThreads>(shared.k(), shared.keys(0), k_rows, p.k.seq_stride,
-                                           launch.k);
+  bool more = shared.keys(0).exists();
+  if (more) {
+    copy_keys<kHeadDim, kAttentionThreads>(shared.k(), shared.keys(0), shared.task().k, launch.k);
   }
   device::commit_copies();
 
@@ -252,17 +279,18 @@ attention_kernel(const AttentionParams p, const AttentionLaunch launch) {
 
   // for each key block of the row
 #pragma unroll 1
-  for (int parity = 0; shared.keys(parity).exists(); parity ^= 1) {
+  for (int parity = 0; more; parity ^= 1) {
     const auto& keys = shared.keys(parity);
     device::wait_copies<0>();
     device::sync_threads();  // A
-    copy_keys<kHeadDimV, kAttentionThreads>(shared.v(), keys, v_rows, p.v.seq_stride, launch.v);
+    copy_keys<kHeadDimV, kAttentionThreads>(shared.v(), keys, shared.task().v, launch.v);
     device::commit_copies();
     if (walks) tiles.next(shared.keys(parity ^ 1));
 
-    float s[kRowTiles][kTileKeys / 8][4];
+    uint32_t weights[kRowTiles][kTileKeys / 16][4];
     if (has_rows) {
       // s = q k^T
+      float s[kRowTiles][kTileKeys / 8][4];
 #pragma unroll
       for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll
@@ -271,25 +299,30 @@ attention_kernel(const AttentionParams p, const AttentionLaunch launch) {
           for (int i = 0; i < 4; ++i) s[m][n][i] = 0;
         }
       }
-      multiply_scores<T, kHeadDim>(shared.q(first_row), shared.k(), s);
+      multiply_scores<T, Shared, kHeadDim>(shared, first_row, s);
       // mask
       float factor = launch.scale.scale_log2;
       if (keys.partial() || !launch.scale.monotone()) {
-        adjust_scores(launch.scale, keys, shared.mask(), first_row, s);
+        scale_scores(launch.scale, s);
+        if (keys.partial()) {
+          const int pair = first_row + device::lane_index() % kWarpRows;
+          mask_scores(keys.slots_seen_by(shared.mask().rows[pair % item.num_rows]), s);
+        }
         factor = 1;
       }
       // softmax update
-      update_softmax(factor, s, states, acc);
+      update_softmax<T>(factor, s, states, acc, weights);
     }
     device::wait_copies<0>();
     device::sync_threads();  // B
-    if (shared.keys(parity ^ 1).exists()) {
-      copy_keys<kHeadDim, kAttentionThreads>(shared.k(), shared.keys(parity ^ 1), k_rows,
-                                             p.k.seq_stride, launch.k);
+    more = shared.keys(parity ^ 1).exists();
+    if (more) {
+      copy_keys<kHeadDim, kAttentionThreads>(shared.k(), shared.keys(parity ^ 1), shared.task().k,
+                                             launch.k);
     }
     device::commit_copies();
     // acc += p v
-    if (has_rows) add_values<T, kHeadDimV>(s, shared.v(), acc);
+    if (has_rows) add_values<T, Shared, kHeadDimV>(shared, weights, acc);
   }
 
   // write out, lse

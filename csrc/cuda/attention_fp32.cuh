@@ -97,7 +97,8 @@ LONGCTX_DEVICE float row_sum(float x) {
 
 template <int kHeadDim>
 LONGCTX_KERNEL(kThreads, 1)
-attention_kernel(const AttentionParams p, const Launch launch) {
+attention_kernel(const LONGCTX_GRID_CONSTANT AttentionParams p,
+                 const LONGCTX_GRID_CONSTANT Launch launch) {
   constexpr int kSlices = kHeadDim / kSlice;
   const Shared<kHeadDim> shared;
   const BlockList* blocks = launch.blocks.block_indptr == nullptr ? nullptr : &launch.blocks;

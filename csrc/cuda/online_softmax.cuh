@@ -42,9 +42,9 @@ struct ScoreScale {
   float cap_log2 = 0;    // softcap * log2(e); 0: none
   // The row maximum of scaled scores is the scaled maximum: a full tile needs one product a score.
   LONGCTX_DEVICE bool monotone() const { return cap_log2 == 0 && scale_log2 > 0; }
-  LONGCTX_DEVICE float apply(float s) const {
-    return cap_log2 == 0 ? s * scale_log2 : cap_log2 * tanh_accurate(s * inner);
-  }
+  LONGCTX_DEVICE float linear(float s) const { return s * scale_log2; }
+  LONGCTX_DEVICE float capped(float s) const { return cap_log2 * tanh_accurate(s * inner); }
+  LONGCTX_DEVICE float apply(float s) const { return cap_log2 == 0 ? linear(s) : capped(s); }
 };
 
 inline ScoreScale score_scale(double softmax_scale, double softcap) {
@@ -58,24 +58,39 @@ inline ScoreScale score_scale(double softmax_scale, double softcap) {
   return scale;
 }
 
-// Scale, softcap and mask, in place. `first_row` is the warp's first row of the tile.
-template <int kRowTiles, int kColTiles, int kTileKeys, int kMaxRows>
-LONGCTX_DEVICE void adjust_scores(const ScoreScale& scale, const KeyTile<kTileKeys>& keys,
-                                  const ItemMask<kMaxRows>& masks, int first_row,
-                                  float (&s)[kRowTiles][kColTiles][4]) {
-  const bool partial = keys.partial();
+// Scale and softcap, in place.
+template <int kRowTiles, int kColTiles>
+LONGCTX_DEVICE void scale_scores(const ScoreScale& scale, float (&s)[kRowTiles][kColTiles][4]) {
+  const auto apply = [&s](const auto& f) {
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+      for (int n = 0; n < kColTiles; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) s[m][n][i] = f(s[m][n][i]);
+      }
+    }
+  };
+  if (scale.cap_log2 == 0) {
+    apply([&](float score) { return scale.linear(score); });
+  } else {
+    apply([&](float score) { return scale.capped(score); });
+  }
+}
+
+// Mask, in place. Lane r brings the slots that row r % (16 * kRowTiles) of the warp sees.
+template <int kRowTiles, int kColTiles>
+LONGCTX_DEVICE void mask_scores(uint64_t seen, float (&s)[kRowTiles][kColTiles][4]) {
 #pragma unroll
   for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const RowMask32 mask = masks.rows[(first_row + own_row(m, half)) % masks.num_rows];
+      const uint64_t slots = device::shuffle(seen, own_row(m, half)) >> own_column(0);
 #pragma unroll
       for (int n = 0; n < kColTiles; ++n) {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          float& score = s[m][n][2 * half + i];
-          score = scale.apply(score);
-          if (partial && !mask.visible(keys.positions[own_column(n) + i])) score = -INFINITY;
+          if ((slots >> (8 * n + i) & 1) == 0) s[m][n][2 * half + i] = -INFINITY;
         }
       }
     }
@@ -105,13 +120,15 @@ LONGCTX_DEVICE void raise_references(const float (&top)[kRowTiles][2], RowStates
   }
 }
 
-// Turns s into weights 2^(s * factor - reference). The references follow the rows' maxima only when
-// those have grown by kSlack: weights above 1 lose nothing, and rescaling becomes rare.
+// Turns s into weights 2^(s * factor - reference), rounded in pairs: what is the left operand of
+// the next product. The references follow the rows' maxima only when those have grown by kSlack:
+// weights above 1 lose nothing, and rescaling becomes rare.
 constexpr float kSlack = 8;
-template <int kRowTiles, int kColTiles, int kOutTiles>
-LONGCTX_DEVICE void update_softmax(float factor, float (&s)[kRowTiles][kColTiles][4],
+template <class T, int kRowTiles, int kColTiles, int kOutTiles>
+LONGCTX_DEVICE void update_softmax(float factor, const float (&s)[kRowTiles][kColTiles][4],
                                    RowStates<kRowTiles>& states,
-                                   float (&acc)[kRowTiles][kOutTiles][4]) {
+                                   float (&acc)[kRowTiles][kOutTiles][4],
+                                   uint32_t (&p)[kRowTiles][kColTiles / 2][4]) {
   float top[kRowTiles][2];
   bool grown = false;
 #pragma unroll
@@ -137,11 +154,11 @@ LONGCTX_DEVICE void update_softmax(float factor, float (&s)[kRowTiles][kColTiles
       float tile_sum = 0;
 #pragma unroll
       for (int n = 0; n < kColTiles; ++n) {
-#pragma unroll
-        for (int i = 2 * half; i < 2 * half + 2; ++i) {
-          s[m][n][i] = device::exp2_fast(fmaf(s[m][n][i], factor, offset));
-          tile_sum += s[m][n][i];
-        }
+        const float* pair = &s[m][n][2 * half];
+        const float low = device::exp2_fast(fmaf(pair[0], factor, offset));
+        const float high = device::exp2_fast(fmaf(pair[1], factor, offset));
+        tile_sum += low + high;
+        p[m][n / 2][n % 2 * 2 + half] = device::pack_pair(T(), low, high);
       }
       states.sum[m][half] += tile_sum;
     }

@@ -2,17 +2,21 @@
 #include <torch/csrc/stable/accelerator.h>
 
 #include <mutex>
+#include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
 
+#include "cuda/attention_path.h"
 #include "cuda/instances.h"
 #include "cuda/kernels.h"
 #include "cuda/runtime.h"
+#include "cuda/supported.h"
+#include "ops/attention.h"
 #include "ops/attention_mass.h"
 #include "ops/block_scores.h"
-#include "ops/attention.h"
 #include "ops/block_sparse_attention.h"
+#include "ops/force_cuda_path.h"
 #include "ops/merge_states.h"
 #include "ops/select_blocks.h"
 
@@ -72,16 +76,32 @@ Workspace::~Workspace() { delete static_cast<Tensor*>(owner_); }
 
 namespace {
 
-// Makes the device of the first tensor current while the op runs.
+// Makes the device of the first tensor current while the op runs. A first tensor on the CPU, beside
+// others on CUDA, is for the op's own checks.
 template <auto op>
 struct OnDevice;
 template <class Result, class... Rest, Result (*op)(const Tensor&, Rest...)>
 struct OnDevice<op> {
   static Result run(const Tensor& first, Rest... rest) {
-    const torch::stable::accelerator::DeviceGuard guard(first.get_device_index());
+    std::optional<torch::stable::accelerator::DeviceGuard> guard;
+    if (first.is_cuda()) guard.emplace(first.get_device_index());
     return op(first, rest...);
   }
 };
+
+// Instead of a launcher: keeps the path that the call would take.
+thread_local cuda::AttentionChoice chosen;
+void choose(const AttentionParams& params) {
+  cuda::require_supported("attention", params.dtype, params.head_dim, params.seqs);
+  chosen = cuda::choose_attention_path(params, nullptr, cuda::device_limits());
+}
+
+// "sm90: Hopper": the kernel of causal attention over these inputs, and why that one.
+std::string attention_path(const Tensor& q, const Tensor& k, const Tensor& v) {
+  attention<&choose>(q, k, v, true, std::nullopt, -1, -1, 0, 0.0, std::nullopt, std::nullopt,
+                     std::nullopt, std::nullopt, std::nullopt, std::nullopt);
+  return std::string(cuda::path_name(chosen.path)) + ": " + chosen.reason;
+}
 
 // JSON: how this library was compiled, and what its instances ask of shared memory, by
 // kernel/family/dtype/head_dim.
@@ -104,15 +124,17 @@ std::string build_info() {
 }  // namespace longctx
 
 STABLE_TORCH_LIBRARY_IMPL(longctx, CompositeExplicitAutograd, m) {
+  m.impl("_force_cuda_path", TORCH_BOX(&longctx::force_cuda_path));
   m.impl("cuda_build_info", TORCH_BOX(&longctx::build_info));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(longctx, CUDA, m) {
   using namespace longctx;
+  m.impl("attention", TORCH_BOX(&OnDevice<&attention<cuda::run_attention_cuda>>::run));
+  m.impl("_cuda_attention_path", TORCH_BOX(&OnDevice<&attention_path>::run));
   m.impl("attention_mass",
          TORCH_BOX(&OnDevice<&attention_mass<cuda::run_attention_mass_cuda>>::run));
   m.impl("block_scores", TORCH_BOX(&OnDevice<&block_scores<cuda::run_block_scores_cuda>>::run));
-  m.impl("attention", TORCH_BOX(&OnDevice<&attention<cuda::run_attention_cuda>>::run));
   m.impl("block_sparse_attention",
          TORCH_BOX(&OnDevice<&block_sparse_attention<cuda::run_block_sparse_attention_cuda>>::run));
   m.impl("merge_states", TORCH_BOX(&OnDevice<&merge_states<cuda::run_merge_states_cuda>>::run));

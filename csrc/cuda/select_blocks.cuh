@@ -29,6 +29,24 @@ struct SelectShared {
   LONGCTX_DEVICE uint32_t* keys() { return reinterpret_cast<uint32_t*>(this + 1); }
 };
 
+// keys [num_visible]
+LONGCTX_DEVICE void load_keys(const MapRow& row, uint32_t* keys) {
+  constexpr int kBatch = 8;  // loads under way
+  const uint32_t threads = device::num_threads();
+  for (uint32_t j = device::thread_index(); j < row.num_visible; j += kBatch * threads) {
+    float scores[kBatch];
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b) {
+      scores[b] = j + b * threads < row.num_visible ? row.scores[j + b * threads] : 0.0f;
+    }
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b) {
+      if (j + b * threads < row.num_visible) keys[j + b * threads] = score_key(scores[b]);
+    }
+  }
+  device::sync_threads();
+}
+
 // A row whose words of 32 columns are dealt out to the warps, each a run of neighbours.
 class RowWriter {
  public:
@@ -110,16 +128,8 @@ select_row_kernel(const SelectBlocksParams p, const SelectGrid grid) {
   int64_t count = 0;
   if (region.num_rows == 1) {
     // load keys
-    const RegionKeys loaded{p, region, nullptr};
     const RegionKeys keys{p, region, grid.staged_columns > 0 ? shared.keys() : nullptr};
-    if (keys.staged != nullptr) {
-      const MapRow row = map_row(p, region, 0);
-#pragma unroll 4
-      for (uint32_t j = device::thread_index(); j < row.num_visible; j += device::num_threads()) {
-        shared.keys()[j] = loaded.key(row, j);
-      }
-      device::sync_threads();
-    }
+    if (keys.staged != nullptr) load_keys(map_row(p, region, 0), shared.keys());
 
     // cut, count
     const KeyBounds bounds = key_bounds(keys, shared.slots);

@@ -25,6 +25,8 @@ struct SourceRows {
   int32_t dim = 0;
   // All addresses and dims are multiples of 16 bytes; else single elements are loaded.
   bool aligned = false;
+  uint32_t row_bytes = 0;  // from a row to the next, where aligned
+  int64_t row_stride = 0;  // the same, in elements
 };
 
 // `chunk` elements are 16 bytes.
@@ -33,7 +35,10 @@ inline SourceRows source_rows(const TensorView& view, int64_t dim, int chunk) {
                         static_cast<uint64_t>(view.head_stride) |
                         static_cast<uint64_t>(view.seq_stride) | static_cast<uint64_t>(dim);
   const auto address = reinterpret_cast<uintptr_t>(view.data);
-  return {static_cast<int32_t>(dim), elements % chunk == 0 && address % 16 == 0};
+  const int64_t row_bytes = view.seq_stride * (16 / chunk);
+  const bool short_rows = row_bytes >= 0 && row_bytes <= UINT32_MAX;  // one multiplication each
+  return {static_cast<int32_t>(dim), elements % chunk == 0 && address % 16 == 0 && short_rows,
+          static_cast<uint32_t>(row_bytes), view.seq_stride};
 }
 
 struct alignas(16) Chunk {
@@ -57,24 +62,26 @@ LONGCTX_DEVICE void copy_elements(char* target, const uint16_t* row, int chunk, 
 // `kThreads` threads take part. `first_key` is the row of the sequence's first key.
 template <int kCols, int kThreads, int kTileKeys>
 LONGCTX_DEVICE void copy_keys(char* tile, const KeyTile<kTileKeys>& keys, const uint16_t* first_key,
-                              int64_t stride, const SourceRows& source) {
+                              const SourceRows& source) {
   using Rows = TileRows<kCols>;
   // Threads that share a row: as many as divide its chunks, at most 16. A thread's rows are then a
   // multiple of 8 apart, and its chunk stands at the same place in each.
   constexpr int kLanes = Rows::kChunks % 16 == 0 ? 16 : Rows::kChunks % 8 == 0 ? 8 : 4;
   constexpr int kRowStep = kThreads / kLanes;
   static_assert(kRowStep % 8 == 0 && kTileKeys % kRowStep == 0 && Rows::kChunks % kLanes == 0);
-  const int lane = device::thread_index() % kLanes, own = device::thread_index() / kLanes;
+  const int thread = device::opaque(device::thread_index());
+  const int lane = thread % kLanes, own = thread / kLanes;
   if (source.aligned) {
+    const char* first = reinterpret_cast<const char*>(first_key + lane * kChunk);
 #pragma unroll
     for (int row = own, i = 0; i < kTileKeys / kRowStep; row += kRowStep, ++i) {
       const int32_t position = keys.positions[row];
-      const uint16_t* from = first_key + position * stride + lane * kChunk;
+      const char* from = first + uint64_t{static_cast<uint32_t>(position)} * source.row_bytes;
 #pragma unroll
       for (int chunk = lane, j = 0; j < Rows::kChunks / kLanes; chunk += kLanes, ++j) {
         const bool live = position >= 0 && chunk * kChunk < source.dim;
         device::copy_async_16(tile + Rows::offset(own, chunk) + i * kRowStep * Rows::kRowBytes,
-                              from + j * kLanes * kChunk, live ? 16 : 0);
+                              from + j * kLanes * 16, live ? 16 : 0);
       }
     }
     return;
@@ -84,8 +91,8 @@ LONGCTX_DEVICE void copy_keys(char* tile, const KeyTile<kTileKeys>& keys, const 
     const int32_t position = keys.positions[row];
 #pragma unroll 1
     for (int chunk = lane; chunk < Rows::kChunks; chunk += kLanes) {
-      copy_elements(tile + Rows::offset(row, chunk), first_key + position * stride, chunk,
-                    source.dim, position >= 0);
+      copy_elements(tile + Rows::offset(row, chunk), first_key + position * source.row_stride,
+                    chunk, source.dim, position >= 0);
     }
   }
 }

@@ -3,169 +3,46 @@
 // slot whose key no row sees is dead: its values are never read, so that NaN in unused memory
 // cannot reach a sum as 0 * NaN.
 #pragma once
-#include "cuda/items.cuh"
-#include "device/thread.cuh"
+#include "cuda/item_mask.cuh"
 #include "longctx/block_list.h"
-#include "longctx/mask.h"
 
 namespace longctx::cuda {
-
-using Interval32 = BasicInterval<int32_t>;
-using RowMask32 = BasicRowMask<int32_t>;
-
-constexpr int64_t kMaxSeqlenK = int64_t{1} << 30;  // key positions are 32 bits in a kernel
-
-LONGCTX_DEVICE Interval32 narrow_interval(const Interval& interval) {
-  return {static_cast<int32_t>(clamp_index(interval.begin, -kMaxSeqlenK, kMaxSeqlenK)),
-          static_cast<int32_t>(clamp_index(interval.end, -kMaxSeqlenK, kMaxSeqlenK))};
-}
-
-LONGCTX_DEVICE RowMask32 row_mask32(const MaskParams& mask, const Sequence& seq, int64_t row) {
-  const RowMask wide = row_mask(mask, seq, row);
-  return {narrow_interval(wide.window),
-          narrow_interval(wide.sinks),
-          {narrow_interval(wide.ranges[0]), narrow_interval(wide.ranges[1])}};
-}
-
-// The largest value of the warp's lanes.
-LONGCTX_DEVICE int32_t warp_max(int32_t value) {
-  for (int mask = device::kWarpSize / 2; mask > 0; mask /= 2) {
-    const int32_t other = device::shuffle_xor(value, mask);
-    if (other > value) value = other;
-  }
-  return value;
-}
-
-// Where KeyTiles finds the keys of an item. In shared memory: a kernel has no registers to spare
-// for what changes once per item.
-struct KeyPlan {
-  Interval32 runs[4];      // dense: tiles that hold the visible pieces; ascending, disjoint
-  const int32_t* entries;  // block list: [num_entries], of one row
-  int32_t num_entries;
-  int32_t num_tiles;               // through the end of this split
-  int32_t block_shift;             // log2(block_size_k)
-  int32_t entries_per_tile_shift;  // log2 of the entries side by side in a tile
-  int32_t tiles_per_entry_shift;   // log2 of the tiles that an entry fills
-  int32_t k_len;
-};
-
-// The masks of an item's rows, and what all and what any of them see. In shared memory.
-template <int kMaxRows>
-struct ItemMask {
-  RowMask32 rows[kMaxRows];  // of query rows, not of (row, head) pairs
-  RowMask32 common;          // every row sees this much
-  RowMask32 hull;            // no row sees more
-  Interval32 visible[4];     // the union of the hulls: ascending, disjoint, some empty
-  KeyPlan plan;
-  int32_t num_rows;
-  bool has_ranges;
-
-  // Conservative, as RowMask::visibility().
-  LONGCTX_DEVICE Visibility visibility(int32_t lo, int32_t hi) const {
-    if (common.visibility(lo, hi) == Visibility::kFull) return Visibility::kFull;
-    return hull.visibility(lo, hi) == Visibility::kNone ? Visibility::kNone : Visibility::kPartial;
-  }
-
-  // All threads of the block call this; the masks hold after the next barrier.
-  LONGCTX_DEVICE void init_rows(const MaskParams& mask, const Item& item) {
-    for (int row = device::thread_index(); row < item.num_rows; row += device::num_threads()) {
-      rows[row] = row_mask32(mask, item.seq, item.row_begin + row);
-    }
-    if (device::thread_index() != 0) return;
-    num_rows = item.num_rows;
-    has_ranges = mask.key_ranges != nullptr;
-  }
-
-  // One warp calls this after the barrier.
-  LONGCTX_DEVICE void init_extents() {
-    RowMask32 all, any;
-    if (!has_ranges) {
-      // Without ranges a mask only moves on with its row: the outer rows tell the extents.
-      const RowMask32 low = rows[0], high = rows[num_rows - 1];
-      all = {{high.window.begin, low.window.end}, low.sinks, {low.ranges[0], {}}};
-      any = {{low.window.begin, high.window.end}, high.sinks, {low.ranges[0], {}}};
-    } else {
-      reduce([](const RowMask32& row) { return row.window; }, all.window, any.window);
-      reduce([](const RowMask32& row) { return row.sinks; }, all.sinks, any.sinks);
-      reduce([](const RowMask32& row) { return row.ranges[0]; }, all.ranges[0], any.ranges[0]);
-      reduce([](const RowMask32& row) { return row.ranges[1]; }, all.ranges[1], any.ranges[1]);
-    }
-    Interval32 pieces[4];
-    join_hulls(any, pieces);
-    device::sync_warp();
-    if (device::lane_index() == 0) {
-      common = all;
-      hull = any;
-#pragma unroll
-      for (int i = 0; i < 4; ++i) visible[i] = pieces[i];
-    }
-    device::sync_warp();
-  }
-
-  // Whether a row of the item sees `key`.
-  LONGCTX_DEVICE bool any_row_sees(int32_t key) const {
-    for (int row = 0; row < num_rows; ++row) {
-      if (rows[row].visible(key)) return true;
-    }
-    return false;
-  }
-
- private:
-  template <class Part>
-  LONGCTX_DEVICE void reduce(const Part& part, Interval32& all, Interval32& any) const {
-    constexpr int32_t kFar = static_cast<int32_t>(kMaxSeqlenK);
-    Interval32 meet{-kFar, kFar}, join{kFar, -kFar};
-    for (int row = device::lane_index(); row < num_rows; row += device::kWarpSize) {
-      const Interval32 own = part(rows[row]);
-      if (own.begin > meet.begin) meet.begin = own.begin;
-      if (own.end < meet.end) meet.end = own.end;
-      if (own.begin >= own.end) continue;
-      if (own.begin < join.begin) join.begin = own.begin;
-      if (own.end > join.end) join.end = own.end;
-    }
-    all = {warp_max(meet.begin), -warp_max(-meet.end)};
-    any = {-warp_max(-join.begin), warp_max(join.end)};
-    if (any.begin >= any.end) any = {};
-  }
-
-  // (window or sinks) and (range 0 or range 1) of the hulls, sorted and joined where they touch.
-  LONGCTX_DEVICE static void join_hulls(const RowMask32& any, Interval32 (&pieces)[4]) {
-    constexpr int32_t kFar = static_cast<int32_t>(kMaxSeqlenK);
-    const Interval32 structure[2] = {any.window, any.sinks};
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const Interval32 &a = structure[i / 2], &b = any.ranges[i % 2];
-      pieces[i] = {a.begin > b.begin ? a.begin : b.begin, a.end < b.end ? a.end : b.end};
-      if (pieces[i].begin >= pieces[i].end) pieces[i] = {kFar, kFar};  // empty: sorts behind
-    }
-    constexpr int kNetwork[5][2] = {{0, 1}, {2, 3}, {0, 2}, {1, 3}, {1, 2}};
-#pragma unroll
-    for (int i = 0; i < 5; ++i) {
-      Interval32 &low = pieces[kNetwork[i][0]], &high = pieces[kNetwork[i][1]];
-      if (low.begin <= high.begin) continue;
-      const Interval32 other = low;
-      low = high;
-      high = other;
-    }
-#pragma unroll
-    for (int i = 1; i < 4; ++i) {
-      if (pieces[i].begin > pieces[i - 1].end || pieces[i].begin == kFar) continue;
-      pieces[i].begin = pieces[i - 1].begin;
-      if (pieces[i].end < pieces[i - 1].end) pieces[i].end = pieces[i - 1].end;
-      pieces[i - 1].end = pieces[i - 1].begin;
-    }
-  }
-};
 
 // A tile of keys, in shared memory.
 template <int kTileKeys>
 struct KeyTile {
   // Key position in the sequence. A dead slot holds the complement of where its key would stand.
   int32_t positions[kTileKeys];
+  int32_t first;       // the keys are first, first + 1, ... as far as they live; -1: gathered
   int32_t visibility;  // kNone: no tile is left
   LONGCTX_DEVICE bool exists() const { return visibility != static_cast<int>(Visibility::kNone); }
   LONGCTX_DEVICE bool partial() const {
     return visibility == static_cast<int>(Visibility::kPartial);
+  }
+
+  // Bit i: the row sees slot i.
+  LONGCTX_DEVICE uint64_t slots_seen_by(const RowMask32& row) const {
+    static_assert(kTileKeys <= 64);
+    if (first < 0) {
+      uint64_t bits = 0;
+#pragma unroll 4
+      for (int slot = 0; slot < kTileKeys; ++slot) {
+        bits |= static_cast<uint64_t>(row.visible(positions[slot])) << slot;
+      }
+      return bits;
+    }
+    return (slots_in(row.window) | slots_in(row.sinks)) &
+           (slots_in(row.ranges[0]) | slots_in(row.ranges[1]));
+  }
+
+ private:
+  LONGCTX_DEVICE uint64_t slots_in(const Interval32& interval) const {
+    const auto slot = [this](int32_t position) {
+      const int32_t at = position - first;
+      return at < 0 ? 0 : at > kTileKeys ? kTileKeys : at;
+    };
+    const int begin = slot(interval.begin), end = slot(interval.end);
+    return begin < end ? ~uint64_t{0} >> (64 - (end - begin)) << begin : 0;
   }
 };
 
@@ -180,40 +57,36 @@ class KeyTiles {
   // `row` is the item's row of `blocks`, if there are any. The mask has its extents.
   LONGCTX_DEVICE void begin(const BlockList* blocks, BlockRow row, const Item& item,
                             int64_t num_splits) {
-    listed_ = blocks != nullptr;
-    KeyPlan plan;
+    KeyPlan plan = {};
+    plan.listed = blocks != nullptr;
     plan.k_len = static_cast<int32_t>(item.seq.k_len);
     plan.entries = row.begin;
     plan.num_entries = static_cast<int32_t>(clamp_index(row.end - row.begin, 0, kMaxSeqlenK));
-    plan.block_shift = listed_ ? log2_of(static_cast<int32_t>(blocks->block_size_k)) : kTileShift;
+    plan.block_shift = kTileShift;
+    if (plan.listed) plan.block_shift = device::lowest_bit(count32(blocks->block_size_k));
     plan.entries_per_tile_shift = plan.block_shift < kTileShift ? kTileShift - plan.block_shift : 0;
     plan.tiles_per_entry_shift = plan.block_shift > kTileShift ? plan.block_shift - kTileShift : 0;
     const int32_t num_runs = set_runs(plan);
     const int32_t slack = (1 << plan.entries_per_tile_shift) - 1;
-    const int64_t num_tiles =
-        listed_ ? static_cast<int64_t>((plan.num_entries + slack) >> plan.entries_per_tile_shift)
-                      << plan.tiles_per_entry_shift
-                : num_runs;
-    tile_ = static_cast<int32_t>(num_tiles * item.split / num_splits);
+    const int64_t num_groups = (plan.num_entries + slack) >> plan.entries_per_tile_shift;
+    const int64_t num_tiles = plan.listed ? num_groups << plan.tiles_per_entry_shift : num_runs;
+    plan.tile = static_cast<int32_t>(num_tiles * item.split / num_splits);
     plan.num_tiles = static_cast<int32_t>(num_tiles * (item.split + 1) / num_splits);
-    device::sync_warp();
-    if (device::lane_index() == 0) mask_.plan = plan;
-    device::sync_warp();
-    if (!listed_) return;
-    skip_entries((tile_ >> plan.tiles_per_entry_shift) << plan.entries_per_tile_shift);
-    fetch_entries();
+    plan.last_entry = last_entry_before(plan);
+    store(plan);
   }
 
   // Fills `tile` with the next one that a row sees; visibility kNone when none is left. The other
   // warps see it after a barrier.
   LONGCTX_DEVICE void next(KeyTile<kTileKeys>& tile) {
+    KeyPlan plan = mask_.plan;
     Visibility visibility = Visibility::kNone;
-    while (tile_ < mask_.plan.num_tiles && visibility == Visibility::kNone) {
-      visibility = listed_ ? load_entries(tile) : load_run(tile);
-      ++tile_;
-      if (listed_) fetch_entries();
+    while (plan.tile < plan.num_tiles && visibility == Visibility::kNone) {
+      visibility = plan.listed ? load_entries(plan, tile) : load_run(plan, tile);
+      ++plan.tile;
     }
     if (device::lane_index() == 0) tile.visibility = static_cast<int>(visibility);
+    store(plan);
   }
 
  private:
@@ -221,7 +94,14 @@ class KeyTiles {
   static constexpr int kSlots = kTileKeys / device::kWarpSize;  // of a lane
   static constexpr int kTileShift = log2_of(kTileKeys);
 
-  LONGCTX_DEVICE int slot(int i) const { return i * device::kWarpSize + device::lane_index(); }
+  LONGCTX_DEVICE static uint32_t count32(int64_t value) { return static_cast<uint32_t>(value); }
+  LONGCTX_DEVICE static int slot(int i) { return i * device::kWarpSize + device::lane_index(); }
+
+  LONGCTX_DEVICE void store(const KeyPlan& plan) {
+    device::sync_warp();
+    if (device::lane_index() == 0) mask_.plan = plan;
+    device::sync_warp();
+  }
 
   // The visible pieces as runs of tiles, and the number of those.
   LONGCTX_DEVICE int32_t set_runs(KeyPlan& plan) const {
@@ -239,38 +119,37 @@ class KeyTiles {
     return count;
   }
 
-  LONGCTX_DEVICE bool in_sequence(int32_t entry) const {
-    return entry >= 0 && (static_cast<int64_t>(entry) << mask_.plan.block_shift) < mask_.plan.k_len;
+  LONGCTX_DEVICE static bool in_sequence(const KeyPlan& plan, int32_t entry) {
+    return entry >= 0 && entry <= (plan.k_len - 1) >> plan.block_shift;
   }
 
   // An entry counts only if it is larger than all before it: those of earlier splits as well.
-  LONGCTX_DEVICE void skip_entries(int32_t count) {
-    if (count > mask_.plan.num_entries) count = mask_.plan.num_entries;
+  LONGCTX_DEVICE static int32_t last_entry_before(const KeyPlan& plan) {
+    int32_t last = -1;
+    int32_t count = (plan.tile >> plan.tiles_per_entry_shift) << plan.entries_per_tile_shift;
+    if (count > plan.num_entries) count = plan.num_entries;
     for (int32_t i = device::lane_index(); i < count; i += device::kWarpSize) {
-      const int32_t entry = mask_.plan.entries[i];
-      if (in_sequence(entry) && entry > last_entry_) last_entry_ = entry;
+      const int32_t entry = plan.entries[i];
+      if (in_sequence(plan, entry) && entry > last) last = entry;
     }
-    last_entry_ = warp_max(last_entry_);
+    return warp_max(last);
   }
 
-  // Starts to load the entries of tile_, so that they are there when it is asked for.
-  LONGCTX_DEVICE void fetch_entries() {
-    const KeyPlan& plan = mask_.plan;
-    const int32_t first = (tile_ >> plan.tiles_per_entry_shift) << plan.entries_per_tile_shift;
-#pragma unroll
-    for (int i = 0; i < kSlots; ++i) {
-      const bool listed =
-          slot(i) >> plan.entries_per_tile_shift == 0 && first + slot(i) < plan.num_entries;
-      upcoming_[i] = listed ? plan.entries[first + slot(i)] : -1;
-    }
+  // Entry `index` of the tile, -1 where there is none. Neighbouring tiles find theirs in the L1
+  // cache.
+  LONGCTX_DEVICE static int32_t entry_of_tile(const KeyPlan& plan, int index) {
+    const int32_t first = (plan.tile >> plan.tiles_per_entry_shift) << plan.entries_per_tile_shift;
+    const bool listed =
+        index >> plan.entries_per_tile_shift == 0 && first + index < plan.num_entries;
+    return listed ? plan.entries[first + index] : -1;
   }
 
-  LONGCTX_DEVICE Visibility load_run(KeyTile<kTileKeys>& tile) const {
-    int32_t index = tile_, number = 0;
+  LONGCTX_DEVICE Visibility load_run(const KeyPlan& plan, KeyTile<kTileKeys>& tile) const {
+    int32_t index = plan.tile, number = 0;
     bool found = false;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const Interval32 run = mask_.plan.runs[i];
+      const Interval32 run = plan.runs[i];
       const int32_t length = run.end - run.begin;
       if (!found && index < length) {
         number = run.begin + index;
@@ -278,12 +157,13 @@ class KeyTiles {
       }
       index -= length;
     }
-    return load_consecutive(number << kTileShift, tile);
+    return load_consecutive(plan, number << kTileShift, tile);
   }
 
   // The keys [first, first + kTileKeys), as far as the sequence has them.
-  LONGCTX_DEVICE Visibility load_consecutive(int32_t first, KeyTile<kTileKeys>& tile) const {
-    const int32_t left = mask_.plan.k_len - first;
+  LONGCTX_DEVICE Visibility load_consecutive(const KeyPlan& plan, int32_t first,
+                                             KeyTile<kTileKeys>& tile) const {
+    const int32_t left = plan.k_len - first;
     const int32_t end = first + (left < kTileKeys ? left : kTileKeys);
     const Visibility visibility = mask_.visibility(first, end);
     if (visibility == Visibility::kNone) return visibility;
@@ -297,35 +177,38 @@ class KeyTiles {
       any |= live;
     }
     if (device::ballot(any) == 0) return Visibility::kNone;
+    if (device::lane_index() == 0) tile.first = first;
     return full ? Visibility::kFull : Visibility::kPartial;
   }
 
-  LONGCTX_DEVICE Visibility load_entries(KeyTile<kTileKeys>& tile) {
-    const KeyPlan& plan = mask_.plan;
-    if (plan.entries_per_tile_shift > 0) return gather_entries(tile);
-    const int32_t part = tile_ & ((1 << plan.tiles_per_entry_shift) - 1);
-    const int32_t entry = device::shuffle(upcoming_[0], 0);
+  LONGCTX_DEVICE Visibility load_entries(KeyPlan& plan, KeyTile<kTileKeys>& tile) {
+    if (plan.entries_per_tile_shift > 0) return gather_entries(plan, tile);
+    const int32_t part = plan.tile & ((1 << plan.tiles_per_entry_shift) - 1);
+    const int32_t entry = entry_of_tile(plan, 0);
     // The parts of an entry follow each other: only its first one decides whether it counts.
-    if (part == 0 || !started_) {
-      started_ = true;
-      counts_ = entry > last_entry_ && in_sequence(entry);
-      if (counts_) last_entry_ = entry;
+    if (part == 0 || !plan.started) {
+      plan.started = true;
+      plan.counts = entry > plan.last_entry && in_sequence(plan, entry);
+      if (plan.counts) plan.last_entry = entry;
     }
-    if (!counts_) return Visibility::kNone;
+    if (!plan.counts) return Visibility::kNone;
     const int32_t first = (entry << plan.block_shift) + (part << kTileShift);
-    return first < plan.k_len ? load_consecutive(first, tile) : Visibility::kNone;
+    return first < plan.k_len ? load_consecutive(plan, first, tile) : Visibility::kNone;
   }
 
   // kTileKeys / block_size_k entries side by side; one that does not count leaves dead slots.
-  LONGCTX_DEVICE Visibility gather_entries(KeyTile<kTileKeys>& tile) {
+  LONGCTX_DEVICE Visibility gather_entries(KeyPlan& plan, KeyTile<kTileKeys>& tile) {
     static_assert(kTileKeys <= 256, "entries of 8 keys and more fit the lanes of a warp");
-    const int32_t shift = mask_.plan.block_shift, k_len = mask_.plan.k_len;
+    const int32_t shift = plan.block_shift, k_len = plan.k_len;
     int32_t positions[kSlots];
-    int32_t entry = accept_entry(upcoming_[0]);
+    int32_t entries[kSlots];
+#pragma unroll
+    for (int i = 0; i < kSlots; ++i) entries[i] = entry_of_tile(plan, slot(i));
+    int32_t entry = accept_entry(plan, entries[0]);
     int32_t lowest = static_cast<int32_t>(kMaxSeqlenK), highest = -1;
 #pragma unroll
     for (int i = 0; i < kSlots; ++i) {
-      if (shift == 0 && i > 0) entry = accept_entry(upcoming_[i]);
+      if (shift == 0 && i > 0) entry = accept_entry(plan, entries[i]);
       const int32_t own =
           shift == 0 ? entry : device::shuffle(entry, slot(i) >> shift & (device::kWarpSize - 1));
       const int32_t position = own * (1 << shift) + (slot(i) & ((1 << shift) - 1));
@@ -349,21 +232,22 @@ class KeyTiles {
       all &= live;
     }
     if (device::ballot(any) == 0) return Visibility::kNone;
+    if (device::lane_index() == 0) tile.first = -1;
     return device::ballot(!all) == 0 ? Visibility::kFull : Visibility::kPartial;
   }
 
   // `entry` of each lane if it counts, else -1.
-  LONGCTX_DEVICE int32_t accept_entry(int32_t entry) {
-    if (!in_sequence(entry)) entry = -1;
+  LONGCTX_DEVICE static int32_t accept_entry(KeyPlan& plan, int32_t entry) {
+    if (!in_sequence(plan, entry)) entry = -1;
     int32_t largest = entry;  // of the entries up to this lane's
     for (int delta = 1; delta < device::kWarpSize; delta *= 2) {
       const int32_t other = device::shuffle_up(largest, delta);
       if (other > largest) largest = other;
     }
     int32_t bar = device::shuffle_up(largest, 1);
-    if (device::lane_index() == 0 || last_entry_ > bar) bar = last_entry_;
+    if (device::lane_index() == 0 || plan.last_entry > bar) bar = plan.last_entry;
     const int32_t last = device::shuffle(largest, device::kWarpSize - 1);
-    if (last > last_entry_) last_entry_ = last;
+    if (last > plan.last_entry) plan.last_entry = last;
     return entry > bar ? entry : -1;
   }
 
@@ -376,10 +260,6 @@ class KeyTiles {
   }
 
   ItemMask<kMaxRows>& mask_;
-  int32_t tile_ = 0;
-  int32_t last_entry_ = -1;
-  int32_t upcoming_[kSlots];  // entries of tile_, slot by slot; with large blocks lane 0 holds it
-  bool listed_ = false, started_ = false, counts_ = false;
 };
 
 }  // namespace longctx::cuda

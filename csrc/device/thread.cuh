@@ -13,9 +13,12 @@
 #ifdef LONGCTX_SIMT
 #include "simt.h"
 #define LONGCTX_DEVICE inline
+#define LONGCTX_GRID_CONSTANT
 #define LONGCTX_KERNEL(max_threads, min_blocks) inline void
 #else
 #define LONGCTX_DEVICE __device__ __forceinline__
+// A kernel parameter whose address may be taken without a copy in local memory.
+#define LONGCTX_GRID_CONSTANT __grid_constant__
 #define LONGCTX_KERNEL(max_threads, min_blocks) \
   __global__ void __launch_bounds__(max_threads, min_blocks)
 #endif
@@ -75,6 +78,13 @@ LONGCTX_DEVICE void atomic_add_global(int64_t* target, int64_t value) {
 LONGCTX_DEVICE void atomic_or_global(uint32_t* target, uint32_t bits) { atomicOr(target, bits); }
 LONGCTX_DEVICE void atomic_max_global(uint32_t* target, uint32_t value) {
   atomicMax(target, value);
+}
+
+// `value`, from an unknown source: what is derived from it is computed anew where it is used,
+// instead of staying in registers.
+LONGCTX_DEVICE int opaque(int value) {
+  asm volatile("" : "+r"(value));
+  return value;
 }
 
 LONGCTX_DEVICE int count_bits(uint32_t bits) { return __popc(bits); }
@@ -165,6 +175,7 @@ LONGCTX_DEVICE void atomic_max_global(uint32_t* target, uint32_t value) {
   }
 }
 
+LONGCTX_DEVICE int opaque(int value) { return value; }
 LONGCTX_DEVICE int count_bits(uint32_t bits) { return __builtin_popcount(bits); }
 LONGCTX_DEVICE int lowest_bit(uint32_t bits) { return __builtin_ffs(static_cast<int>(bits)) - 1; }
 

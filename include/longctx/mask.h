@@ -68,7 +68,8 @@ LONGCTX_HD inline RowMask row_mask(const MaskParams& mask, const Sequence& seq, 
   }
   const int32_t* pair = mask.key_ranges + seq.batch_index * mask.key_ranges_batch_stride +
                         (seq.q_begin + row) * mask.key_ranges_row_stride;
-  for (int64_t r = 0; r < mask.num_key_ranges; ++r, pair += mask.key_ranges_range_stride) {
+  for (int r = 0; r < 2; ++r, pair += mask.key_ranges_range_stride) {
+    if (r == mask.num_key_ranges) break;
     result.ranges[r].begin = static_cast<int64_t>(pair[0]) - seq.k_begin;
     result.ranges[r].end = static_cast<int64_t>(pair[1]) - seq.k_begin;
   }

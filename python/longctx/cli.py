@@ -83,7 +83,7 @@ def run_bench(args: argparse.Namespace) -> int:
 
 def add_info(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="machine-readable")
-    parser.add_argument("--verbose", action="store_true", help="also the schema of every op")
+    parser.add_argument("--verbose", action="store_true", help="also the CUDA kernels and why these, and the schemas")
     parser.add_argument("--shape", type=shape, metavar="B,H,N,D", help="explain which path q of this shape would take")
     parser.add_argument("--kv-heads", type=int, help="heads of k and v, with --shape (H)")
     parser.add_argument("--dtype", default="bfloat16", help="of q, k and v, with --shape")
@@ -99,9 +99,11 @@ def shape(text: str) -> tuple[int, int, int, int]:
 
 def run_info(args: argparse.Namespace) -> int:
     import longctx
+    from longctx._info import cuda_info
 
     facts = longctx.info()
     if args.verbose:
+        facts["cuda"] = cuda_info()
         facts["schemas"] = schemas(facts["ops"])
     if args.shape is not None:
         facts["path"] = path_of(facts, args.shape, args.kv_heads or args.shape[1], args.dtype)

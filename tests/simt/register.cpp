@@ -1,10 +1,11 @@
 // Registers the CUDA kernels, running on the CPU, under torch's CPU key: loaded after
 // liblongctx.so, this library takes over from the CPU kernels.
 #include "cuda/kernels.h"
+#include "ops/attention.h"
 #include "ops/attention_mass.h"
 #include "ops/block_scores.h"
-#include "ops/attention.h"
 #include "ops/block_sparse_attention.h"
+#include "ops/force_cuda_path.h"
 #include "ops/merge_states.h"
 #include "ops/select_blocks.h"
 #include "simt.h"
@@ -26,6 +27,7 @@ Choice chosen(const char* argument, const Name& name,
 void configure(const Name& schedule, const Name& landing, int64_t seed) {
   using simt::Landing;
   using simt::Schedule;
+  const bool hopper = simt::mode.hopper;
   simt::mode = {
       chosen<Schedule>("schedule", schedule,
                        {{"round_robin", Schedule::kRoundRobin},
@@ -34,7 +36,11 @@ void configure(const Name& schedule, const Name& landing, int64_t seed) {
       chosen<Landing>(
           "landing", landing,
           {{"early", Landing::kEarly}, {"late", Landing::kLate}, {"random", Landing::kRandom}}),
-      static_cast<uint64_t>(seed)};
+      static_cast<uint64_t>(seed), hopper};
+}
+
+void choose_device(const Name& device) {
+  simt::mode.hopper = chosen<bool>("device", device, {{"sm_80", false}, {"sm_90", true}});
 }
 
 }  // namespace
@@ -42,18 +48,24 @@ void configure(const Name& schedule, const Name& landing, int64_t seed) {
 
 STABLE_TORCH_LIBRARY(longctx_simt, m) {
   m.def("configure(str schedule, str landing, int seed) -> ()");
+  m.def("choose_device(str device) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(longctx_simt, CompositeExplicitAutograd, m) {
   m.impl("configure", TORCH_BOX(&longctx::configure));
+  m.impl("choose_device", TORCH_BOX(&longctx::choose_device));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(longctx, CompositeExplicitAutograd, m) {
+  m.impl("_force_cuda_path", TORCH_BOX(&longctx::force_cuda_path));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(longctx, CPU, m) {
   using namespace longctx;
   using namespace longctx::cuda;
+  m.impl("attention", TORCH_BOX(&attention<run_attention_cuda>));
   m.impl("attention_mass", TORCH_BOX(&attention_mass<run_attention_mass_cuda>));
   m.impl("block_scores", TORCH_BOX(&block_scores<run_block_scores_cuda>));
-  m.impl("attention", TORCH_BOX(&attention<run_attention_cuda>));
   m.impl("block_sparse_attention",
          TORCH_BOX(&block_sparse_attention<run_block_sparse_attention_cuda>));
   m.impl("merge_states", TORCH_BOX(&merge_states<run_merge_states_cuda>));

@@ -233,6 +233,54 @@ TEST(select_blocks, cumulative_in_a_head) {
   c.head_values = {0.2f, 0.95f};
   check(c);
 }
+// Several blocks of threads share a map, and the ties at the cut end in one of its middle rows.
+TEST(select_blocks, ties_of_many_rows_of_a_head) {
+  Select c = with(SelectMethod::kTopK, 150);
+  c.heads = 1;
+  c.per_row = false;
+  c.few_scores = true;
+  c.num_first = 1;
+  c.map.seqlen_q = 600;
+  c.map.seqlen_k = 600;
+  check(c);
+}
+TEST(select_blocks, overflow_in_a_head) {
+  Select c = with(SelectMethod::kCumulative, 0.9f);
+  c.per_row = false;
+  c.special_scores = true;
+  c.max_blocks_per_row = 3;
+  check(c);
+}
+TEST(select_blocks, packed_heads) {
+  Select c = with(SelectMethod::kCumulative, 0.6f);
+  c.heads = 1;
+  c.per_row = false;
+  c.num_local = 1;
+  c.map.has_q_offset = false;
+  c.map.seqlen_q = 300;
+  c.map.seqlen_k = 320;
+  c.map.cu_seqlens_q = {0, 0, 133, 133, 134, 300};
+  c.map.cu_seqlens_k = {0, 5, 140, 140, 160, 320};
+  check(c);
+}
+// More sequences than lanes.
+Select many_sequences(SelectMethod method, float value) {
+  Select c = with(method, value);
+  c.heads = 1;
+  c.map.has_q_offset = false;
+  c.map.seqlen_q = c.map.seqlen_k = 120;
+  for (int32_t s = 0; s <= 40; ++s) {
+    c.map.cu_seqlens_q.push_back(3 * s);
+    c.map.cu_seqlens_k.push_back(3 * s);
+  }
+  return c;
+}
+TEST(select_blocks, packed_many) { check(many_sequences(SelectMethod::kTopK, 1)); }
+TEST(select_blocks, packed_many_heads) {
+  Select c = many_sequences(SelectMethod::kRelative, 0.9f);
+  c.per_row = false;
+  check(c);
+}
 TEST(select_blocks, overflow_keeps_the_best) {
   Select c = with(SelectMethod::kThreshold, 0.1f);
   c.num_first = 1;
@@ -245,6 +293,18 @@ TEST(select_blocks, many_columns) {
   c.map.seqlen_q = 64;
   c.map.seqlen_k = 700;
   c.map.block_size_k = 1;
+  check(c);
+}
+// Too many for a row's keys to stay in shared memory.
+TEST(select_blocks, very_many_columns) {
+  Select c = with(SelectMethod::kCumulative, 0.8f);
+  c.heads = 1;
+  c.map.seqlen_q = 20;
+  c.map.seqlen_k = 16500;
+  c.map.block_size_k = 1;
+  c.map.causal = false;
+  c.num_local = 5;
+  c.special_scores = true;
   check(c);
 }
 TEST(select_blocks, packed) {

@@ -4,7 +4,7 @@
 // One warp of the first warpgroup produces, two warpgroups of 64 rows each consume; tile i lies in
 // stage i % kStages of the rings of K and V:
 //   producer   walk i | wait K empty i | load K i | wait V empty i | load V i | walk i + 1 ...
-//   consumer   wait K i + 1 | issue S' = Q K(i + 1) | wait V i | issue O += P V(i)
+//   consumer   wait K i + 1, turn | issue S' = Q K(i + 1) | wait V i | issue O += P V(i) | pass turn
 //              wait S' | free K i + 1 | mask, softmax S' -> P', clear what is dead of V(i + 1)
 //              wait O  | free V i     | O *= factor, P = P'
 // Whoever frees K i + 1 has done with the positions of tile i, so that before it loads K i the
@@ -155,7 +155,7 @@ class Consumer {
 
   LONGCTX_DEVICE Consumer(SharedMemory<kHeadDim>& shared, const AttentionTask& task,
                           int warpgroup)
-      : shared_(shared), task_(task) {
+      : shared_(shared), task_(task), warpgroup_(warpgroup), turn_(warpgroup == 0) {
     const int thread = device::thread_index() % device::kWarpgroupSize;
     first_row_ = warpgroup * 64 + thread / device::kWarpSize * 16 + thread % device::kWarpSize / 4;
     first_column_ = thread % 4 * 2;
@@ -199,9 +199,10 @@ class Consumer {
     device::mbarrier_wait(&shared_.k_full[at.stage], at.parity);
     return tile().exists();
   }
-  LONGCTX_DEVICE void free_stage(uint64_t* empty) {
+  // For the whole warp.
+  LONGCTX_DEVICE void arrive(uint64_t* mbarrier) {
     device::sync_warp();
-    if (device::lane_index() == 0) device::mbarrier_arrive(empty);
+    if (device::lane_index() == 0) device::mbarrier_arrive(mbarrier);
   }
 
   LONGCTX_DEVICE void first_tile(Weights& p) {
@@ -211,7 +212,7 @@ class Consumer {
     device::wgmma_commit();
     device::wgmma_wait<0>();
     device::pin(s);
-    free_stage(&shared_.k_empty[next_.stage]);
+    arrive(&shared_.k_empty[next_.stage]);
     float factor[2];
     soften(s, factor);  // nothing to rescale yet
     pack_weights<T>(s, p);
@@ -222,6 +223,7 @@ class Consumer {
 
   LONGCTX_DEVICE void step(Values& acc, Weights& p) {
     Scores s;
+    if (Shape::kTurns) device::mbarrier_wait(&shared_.turn[warpgroup_], turn_);
     device::pin(acc);
     device::wgmma_fence();
     issue_scores<T, kHeadDim>(s, q_, keys(next_));
@@ -230,16 +232,18 @@ class Consumer {
     device::wgmma_fence();
     issue_values<T>(acc, p, values(now_));
     device::wgmma_commit();
+    if (Shape::kTurns) arrive(&shared_.turn[1 - warpgroup_]);
+    turn_ ^= 1;
     device::wgmma_wait<1>();
     device::pin(s);
-    free_stage(&shared_.k_empty[next_.stage]);
+    arrive(&shared_.k_empty[next_.stage]);
     float factor[2];
     const bool rescales = soften(s, factor);
     device::pin(s);  // before the branch, so that no exponential sinks below the wait
     clear_dead_values(next_);
     device::wgmma_wait<0>();
     device::pin(acc);
-    free_stage(&shared_.v_empty[now_.stage]);
+    arrive(&shared_.v_empty[now_.stage]);
     if (rescales) {
 #pragma unroll
       for (int e = 0; e < kHeadDim / 2; ++e) acc[e] *= factor[e % 4 / 2];
@@ -348,7 +352,8 @@ class Consumer {
   SharedMemory<kHeadDim>& shared_;
   const AttentionTask& task_;
     uint64_t q_;
-  int first_row_, first_column_;
+  int warpgroup_, first_row_, first_column_;
+  uint32_t turn_;  // parity of the phase that gives this warpgroup its turn
   At now_, next_;               // the tile of P V, and that of S'
   Place<Shape::kTiles> tile_;  // of S'
   RowPair rows_;
@@ -366,6 +371,7 @@ LONGCTX_DEVICE void init_barriers(SharedMemory<kHeadDim>& shared) {
     device::mbarrier_init(&shared.k_empty[stage], kConsumerWarps);
     device::mbarrier_init(&shared.v_empty[stage], kConsumerWarps);
   }
+  for (uint64_t& turn : shared.turn) device::mbarrier_init(&turn, 4);
   device::fence_mbarrier_init();
 }
 

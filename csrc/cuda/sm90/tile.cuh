@@ -20,6 +20,9 @@ struct Tile {
   // until its V is: see the timetable.
   static constexpr int kTiles = kStages + 2;
   static constexpr int kConsumers = 2;  // warpgroups, 64 rows each
+  // The consumers issue their products in turns, so that one's softmax runs beside the other's
+  // products. Larger head_dims have so little softmax that they need not.
+  static constexpr bool kTurns = kHeadDim <= 128;
   static constexpr int kThreads = (1 + kConsumers) * device::kWarpgroupSize;
 };
 
@@ -32,6 +35,7 @@ struct alignas(device::kSwizzleBytes) SharedMemory {
   uint64_t q_full;
   uint64_t k_full[Shape::kStages], k_empty[Shape::kStages];
   uint64_t v_full[Shape::kStages], v_empty[Shape::kStages];
+  uint64_t turn[Shape::kConsumers];
   struct alignas(16) Keys : KeyTile<Shape::kKeys> {};  // positions are read in pairs
   Keys tiles[Shape::kTiles];
   ItemMask<Shape::kRows> mask;
