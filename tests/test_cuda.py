@@ -45,11 +45,13 @@ def test_large_head_dim_raises(name: str) -> None:
         call = random_blocks(call, block_size_q=16, block_size_k=16)
     if name in ("attention_mass", "block_scores"):
         del call["v"]
+    if name == "attention_mass":
+        call["lse"] = torch.zeros(call["q"].shape[:3])
     rule = f"longctx::{name}: `q` must have a head_dim of at most 256 on CUDA; got 300"
     with pytest.raises(ValueError, match=re.escape(rule)):
         CASES[name].op(**call)
     if "v" in call:
-        rule = f"longctx::{name}: `v` must have a head_dim of at most 256 on CUDA; got 300"
+        rule = f"longctx::{name}: `v` must have a head_dim_v of at most 256 on CUDA; got 300"
         narrow = {"q": call["q"][..., :16], "k": call["k"][..., :16], "v": call["k"]}
         with pytest.raises(ValueError, match=re.escape(rule)):
             CASES[name].op(**(call | narrow))
