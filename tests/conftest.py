@@ -31,6 +31,12 @@ SIMT_TESTS: dict[str, frozenset[str]] = {
     "test_support_matrix.py": frozenset(),
     "test_target.py": frozenset(),
 }
+# Of these tests, one in so many on fibers: their cases differ little.
+SIMT_ONE_IN = {
+    "test_every_block_equals_dense": 5,
+    "test_garbage_values_do_no_harm": 5,
+    "test_random_combinations": 2,
+}
 MAX_CUDA_HEAD_DIM = 256
 # The files whose tests fill the support matrix.
 RECORDING = frozenset(
@@ -40,6 +46,7 @@ RECORDING = frozenset(
         "attention_mass",
         "block_scores",
         "block_sparse_attention",
+        "cuda",
         "merge_states",
         "opcheck",
         "select_blocks",
@@ -58,8 +65,8 @@ def pytest_report_header() -> str:
     return f"longctx: {target.describe()}"
 
 
-def why_left_out(item: pytest.Item) -> str:
-    """Why a test says nothing about the target; empty if it does."""
+def why_left_out(item: pytest.Item, seen: Counter[str]) -> str:
+    """Why a test says nothing about the target; empty if it does. `seen` counts the cases of each test so far."""
     runs_on = item.get_closest_marker("runs_on")
     if runs_on is not None and target.name not in runs_on.args:
         return str(runs_on.kwargs["reason"])
@@ -69,6 +76,10 @@ def why_left_out(item: pytest.Item) -> str:
         chosen = SIMT_TESTS.get(item.path.name)
         if chosen is None or (chosen and getattr(item, "originalname", "") not in chosen):
             return "too slow on fibers; every op is compared elsewhere"
+        name = getattr(item, "originalname", "")
+        seen[name] += 1
+        if (seen[name] - 1) % SIMT_ONE_IN.get(name, 1):
+            return "too slow on fibers; other cases of the same test run"
     params = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
     if params.get("dtype") == torch.float64 and item.path.name != "test_merge_states.py":
         return "float64: on CUDA in merge_states alone, elsewhere an error (test_cuda.py)"
@@ -90,7 +101,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if "slow" in item.keywords:
                 item.add_marker(skip)
-    reasons = {item: why_left_out(item) for item in items}
+    seen: Counter[str] = Counter()
+    reasons = {item: why_left_out(item, seen) for item in items}
     config.stash[LEFT_OUT] = Counter(filter(None, reasons.values()))
     config.hook.pytest_deselected(items=[item for item in items if reasons[item]])
     items[:] = [item for item in items if not reasons[item]]

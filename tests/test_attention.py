@@ -140,6 +140,7 @@ def test_random_combinations(seed: int) -> None:
     check_attention("attention", random_call(seed))
 
 
+@pytest.mark.runs_on("cpu", reason="by instruction set: the same calls run without one")
 @pytest.mark.parametrize("seed", range(0, 150, 5))
 def test_random_combinations_by_isa(isa: str, seed: int) -> None:
     check_attention("attention", random_call(seed))

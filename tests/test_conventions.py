@@ -122,6 +122,7 @@ def test_same_bits_on_every_run_and_thread_count(isa: str, case: OpCase, variant
         torch.set_num_threads(before)
 
 
+@pytest.mark.runs_on("cpu", "cuda", reason="threads: fibers take turns")
 @for_every_call
 def test_called_from_a_thread(case: OpCase, variant: str) -> None:
     """Scratch memory belongs to threads: calls at the same time do not disturb each other."""

@@ -51,7 +51,7 @@ def test_large_head_dim_raises(name: str) -> None:
     with pytest.raises(ValueError, match=re.escape(rule)):
         CASES[name].op(**call)
     if "v" in call:
-        rule = f"longctx::{name}: `v` must have a head_dim of at most 256 on CUDA; got 300"
+        rule = f"longctx::{name}: `v` must have a head_dim_v of at most 256 on CUDA; got 300"
         narrow = {"q": call["q"][..., :16], "k": call["k"][..., :16], "v": call["k"]}
         with pytest.raises(ValueError, match=re.escape(rule)):
             CASES[name].op(**(call | narrow))
