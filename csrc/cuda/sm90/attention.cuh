@@ -155,7 +155,11 @@ class Consumer {
 
   LONGCTX_DEVICE Consumer(SharedMemory<kHeadDim>& shared, const AttentionTask& task,
                           int warpgroup)
-      : shared_(shared), task_(task), warpgroup_(warpgroup), turn_(warpgroup == 0) {
+      : shared_(shared),
+        task_(task),
+        warpgroup_(warpgroup),
+        takes_turns_(Shape::kTurns && shared.consumers > 1),
+        turn_(warpgroup == 0) {
     const int thread = device::thread_index() % device::kWarpgroupSize;
     first_row_ = warpgroup * 64 + thread / device::kWarpSize * 16 + thread % device::kWarpSize / 4;
     first_column_ = thread % 4 * 2;
@@ -223,7 +227,7 @@ class Consumer {
 
   LONGCTX_DEVICE void step(Values& acc, Weights& p) {
     Scores s;
-    if (Shape::kTurns) device::mbarrier_wait(&shared_.turn[warpgroup_], turn_);
+    if (takes_turns_) device::mbarrier_wait(&shared_.turn[warpgroup_], turn_);
     device::pin(acc);
     device::wgmma_fence();
     issue_scores<T, kHeadDim>(s, q_, keys(next_));
@@ -232,7 +236,7 @@ class Consumer {
     device::wgmma_fence();
     issue_values<T>(acc, p, values(now_));
     device::wgmma_commit();
-    if (Shape::kTurns) arrive(&shared_.turn[1 - warpgroup_]);
+    if (takes_turns_) arrive(&shared_.turn[1 - warpgroup_]);
     turn_ ^= 1;
     device::wgmma_wait<1>();
     device::pin(s);
@@ -290,15 +294,15 @@ class Consumer {
     return row < shared_.item.num_rows ? row : shared_.item.num_rows - 1;
   }
 
-  // Values that no row sees may be anything, and 0 * NaN would stay. Both warpgroups read them:
-  // each clears every other slot.
+  // Values that no row sees may be anything, and 0 * NaN would stay. All consumers read them: each
+  // clears a part.
   LONGCTX_DEVICE void clear_dead_values(const At& at) {
     if (!tile().partial()) return;
     device::mbarrier_wait(&shared_.v_full[at.stage], at.parity);
     constexpr int kUnits = device::kPanelBytes / sizeof(uint4);
     const int thread = device::thread_index() - device::kWarpgroupSize;
-    constexpr int kConsumerThreads = Shape::kConsumers * device::kWarpgroupSize;
-    for (int slot = thread / kUnits; slot < Shape::kKeys; slot += kConsumerThreads / kUnits) {
+    const int num_threads = shared_.consumers * device::kWarpgroupSize;
+    for (int slot = thread / kUnits; slot < Shape::kKeys; slot += num_threads / kUnits) {
       if (tile().positions[slot] >= 0) continue;
 #pragma unroll
       for (int panel = 0; panel < Shape::kPanels; ++panel) {
@@ -307,7 +311,7 @@ class Consumer {
       }
     }
     device::fence_async_proxy();
-    device::sync_named(1, kConsumerThreads);
+    device::sync_named(1, num_threads);
   }
 
   // write out, lse
@@ -353,6 +357,7 @@ class Consumer {
   const AttentionTask& task_;
     uint64_t q_;
   int warpgroup_, first_row_, first_column_;
+  bool takes_turns_;
   uint32_t turn_;  // parity of the phase that gives this warpgroup its turn
   At now_, next_;               // the tile of P V, and that of S'
   Place<Shape::kTiles> tile_;  // of S'
@@ -363,15 +368,15 @@ class Consumer {
 
 template <int kHeadDim>
 LONGCTX_DEVICE void init_barriers(SharedMemory<kHeadDim>& shared) {
-  constexpr int kConsumerWarps = Tile<kHeadDim>::kConsumers * 4;
+  constexpr int kWarps = device::kWarpgroupSize / device::kWarpSize;
   device::mbarrier_init(&shared.q_full, 1);
   for (int stage = 0; stage < Tile<kHeadDim>::kStages; ++stage) {
     device::mbarrier_init(&shared.k_full[stage], 1);
     device::mbarrier_init(&shared.v_full[stage], 1);
-    device::mbarrier_init(&shared.k_empty[stage], kConsumerWarps);
-    device::mbarrier_init(&shared.v_empty[stage], kConsumerWarps);
+    device::mbarrier_init(&shared.k_empty[stage], shared.consumers * kWarps);
+    device::mbarrier_init(&shared.v_empty[stage], shared.consumers * kWarps);
   }
-  for (uint64_t& turn : shared.turn) device::mbarrier_init(&turn, 4);
+  for (uint64_t& turn : shared.turn) device::mbarrier_init(&turn, kWarps);
   device::fence_mbarrier_init();
 }
 
@@ -386,6 +391,9 @@ attention_kernel(LONGCTX_GRID_CONSTANT const AttentionMaps maps,
     const Item item = item_at(task.p, task.block_list(), task.grid, device::block_index());
     if (device::lane_index() == 0) {
       shared.item = item;
+      const int last_pair =
+          (item.num_heads - 1) * static_cast<int>(task.grid.block_rows) + item.num_rows - 1;
+      shared.consumers = last_pair / Tile<kHeadDim>::kConsumerRows + 1;
       init_barriers(shared);
       device::prefetch_map(&maps.q);
       device::prefetch_map(&maps.k);
@@ -400,7 +408,7 @@ attention_kernel(LONGCTX_GRID_CONSTANT const AttentionMaps maps,
   if (warp < 4) {
     device::lower_registers<64>();
     if (warp == 0) produce(shared, maps, task);
-  } else {
+  } else if (warp / 4 <= shared.consumers) {
     device::raise_registers<224>();
     Consumer<T, kHeadDim>(shared, task, warp / 4 - 1).run();
   }

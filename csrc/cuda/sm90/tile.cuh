@@ -19,7 +19,8 @@ struct Tile {
   // The producer walks one tile ahead of what it has room for, and a tile's positions are read
   // until its V is: see the timetable.
   static constexpr int kTiles = kStages + 2;
-  static constexpr int kConsumers = 2;  // warpgroups, 64 rows each
+  static constexpr int kConsumerRows = 64;  // of a warpgroup
+  static constexpr int kConsumers = kRows / kConsumerRows;
   // The consumers issue their products in turns, so that one's softmax runs beside the other's
   // products. Larger head_dims have so little softmax that they need not.
   static constexpr bool kTurns = kHeadDim <= 128;
@@ -40,6 +41,7 @@ struct alignas(device::kSwizzleBytes) SharedMemory {
   Keys tiles[Shape::kTiles];
   ItemMask<Shape::kRows> mask;
   Item item;
+  int32_t consumers;  // warpgroups that have rows
 };
 
 // A place in a ring of stages, and the parity of the phase that ends when its tile is there.
