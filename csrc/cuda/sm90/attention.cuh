@@ -4,7 +4,8 @@
 // One warp of the first warpgroup produces, two warpgroups of 64 rows each consume; tile i lies in
 // stage i % kStages of the rings of K and V:
 //   producer   walk i | wait K empty i | load K i | wait V empty i | load V i | walk i + 1 ...
-//   consumer   wait K i + 1, turn | issue S' = Q K(i + 1) | wait V i | issue O += P V(i) | pass turn
+//   consumer   wait K i + 1, turn | issue S' = Q K(i + 1) | wait V i | issue O += P V(i) | pass
+//   turn
 //              wait S' | free K i + 1 | mask, softmax S' -> P', clear what is dead of V(i + 1)
 //              wait O  | free V i     | O *= factor, P = P'
 // Whoever frees K i + 1 has done with the positions of tile i, so that before it loads K i the
@@ -14,7 +15,8 @@
 // Floor per tile of 128 x 128 (128 x 64) at head_dim D, for 4096 FLOP and 16 exponentials a cycle:
 //   D = 64: 1024 cycles of WGMMA, 1024 of exponentials, 32 KiB from L2; both bind
 //   D = 128: 2048, 1024, 64 KiB: WGMMA binds
-//   D = 256: 2048, 512, 64 KiB: WGMMA binds, and S = Q K reads shared memory at its 128 bytes a cycle
+//   D = 256: 2048, 512, 64 KiB: WGMMA binds, and S = Q K reads shared memory at its 128 bytes a
+//   cycle
 #pragma once
 #include "cuda/runtime.h"
 #include "cuda/sm90/attention.h"
@@ -49,8 +51,8 @@ LONGCTX_DEVICE void load_queries(SharedMemory<kHeadDim>& shared, const Attention
   using Shape = Tile<kHeadDim>;
   const int rows = static_cast<int>(task.grid.block_rows);
   const int first_row = static_cast<int>(item.seq.q_begin + item.row_begin);
-  device::mbarrier_arrive_expect(
-      &shared.q_full, item.num_heads * rows * Shape::kPanels * device::kPanelBytes);
+  device::mbarrier_arrive_expect(&shared.q_full,
+                                 item.num_heads * rows * Shape::kPanels * device::kPanelBytes);
 #pragma unroll 1
   for (int head = 0; head < item.num_heads; ++head) {
 #pragma unroll
@@ -64,20 +66,18 @@ LONGCTX_DEVICE void load_queries(SharedMemory<kHeadDim>& shared, const Attention
 
 // A tile of K or V, in boxes of neighbouring keys.
 template <int kHeadDim>
-LONGCTX_DEVICE void load_tile(char (&stage)[Tile<kHeadDim>::kPanels][Tile<kHeadDim>::kKeyPanelBytes],
-                              const TensorMap* map, uint64_t* full, int box_keys,
-                              const KeyTile<Tile<kHeadDim>::kKeys>& tile, const Item& item) {
+LONGCTX_DEVICE void load_tile(
+    char (&stage)[Tile<kHeadDim>::kPanels][Tile<kHeadDim>::kKeyPanelBytes], const TensorMap* map,
+    uint64_t* full, int box_keys, const KeyTile<Tile<kHeadDim>::kKeys>& tile, const Item& item) {
   using Shape = Tile<kHeadDim>;
   device::mbarrier_arrive_expect(full, Shape::kPanels * Shape::kKeyPanelBytes);
   for (int slot = 0; slot < Shape::kKeys; slot += box_keys) {
     const int32_t position = tile.positions[slot];
-    const int row =
-        static_cast<int>(item.seq.k_begin) + (position < 0 ? ~position : position);
+    const int row = static_cast<int>(item.seq.k_begin) + (position < 0 ? ~position : position);
 #pragma unroll
     for (int panel = 0; panel < Shape::kPanels; ++panel) {
       device::load_box(stage[panel] + slot * device::kPanelBytes, map, full, panel * kPanelColumns,
-                       row, static_cast<int>(item.kv_head),
-                       static_cast<int>(item.seq.batch_index));
+                       row, static_cast<int>(item.kv_head), static_cast<int>(item.seq.batch_index));
     }
   }
 }
@@ -153,8 +153,7 @@ class Consumer {
  public:
   using Shape = Tile<kHeadDim>;
 
-  LONGCTX_DEVICE Consumer(SharedMemory<kHeadDim>& shared, const AttentionTask& task,
-                          int warpgroup)
+  LONGCTX_DEVICE Consumer(SharedMemory<kHeadDim>& shared, const AttentionTask& task, int warpgroup)
       : shared_(shared),
         task_(task),
         warpgroup_(warpgroup),
@@ -327,8 +326,7 @@ class Consumer {
       const int64_t head = item.first_head + item_head;
       const int64_t q_row = item.seq.q_begin + item.row_begin + row;
       const int64_t index = (item.seq.batch_index * p.num_q_heads + head) * p.seqs.seqlen_q + q_row;
-      const int64_t split =
-          item.split * p.seqs.batch * p.num_q_heads * p.seqs.seqlen_q + index;
+      const int64_t split = item.split * p.seqs.batch * p.num_q_heads * p.seqs.seqlen_q + index;
       const bool whole = task_.partials.lse == nullptr;
       const float sink = whole && p.sinks != nullptr ? p.sinks[head] : -INFINITY;
       const RowResult result = finish_row(rows_.reference[i] * kLn2, sum, sink);
@@ -355,11 +353,11 @@ class Consumer {
 
   SharedMemory<kHeadDim>& shared_;
   const AttentionTask& task_;
-    uint64_t q_;
+  uint64_t q_;
   int warpgroup_, first_row_, first_column_;
   bool takes_turns_;
-  uint32_t turn_;  // parity of the phase that gives this warpgroup its turn
-  At now_, next_;               // the tile of P V, and that of S'
+  uint32_t turn_;              // parity of the phase that gives this warpgroup its turn
+  At now_, next_;              // the tile of P V, and that of S'
   Place<Shape::kTiles> tile_;  // of S'
   RowPair rows_;
 };
@@ -424,16 +422,16 @@ template <class T, int head_dim>
 void launch_attention(const AttentionParams& params, const BlockList* blocks,
                       const AttentionPlan& plan) {
   using Shape = Tile<head_dim>;
-  const int64_t box_keys =
-      blocks != nullptr && blocks->block_size_k < Shape::kKeys ? blocks->block_size_k : Shape::kKeys;
+  const int64_t box_keys = blocks != nullptr && blocks->block_size_k < Shape::kKeys
+                               ? blocks->block_size_k
+                               : Shape::kKeys;
   const SequenceParams& seqs = params.seqs;
-  const AttentionMaps maps = {
-      tensor_map(params.dtype, params.q, seqs.batch, params.num_q_heads, seqs.seqlen_q,
-                 params.head_dim, plan.grid.block_rows),
-      tensor_map(params.dtype, params.k, seqs.batch, params.num_kv_heads, seqs.seqlen_k,
-                 params.head_dim, box_keys),
-      tensor_map(params.dtype, params.v, seqs.batch, params.num_kv_heads, seqs.seqlen_k,
-                 params.head_dim_v, box_keys)};
+  const AttentionMaps maps = {tensor_map(params.dtype, params.q, seqs.batch, params.num_q_heads,
+                                         seqs.seqlen_q, params.head_dim, plan.grid.block_rows),
+                              tensor_map(params.dtype, params.k, seqs.batch, params.num_kv_heads,
+                                         seqs.seqlen_k, params.head_dim, box_keys),
+                              tensor_map(params.dtype, params.v, seqs.batch, params.num_kv_heads,
+                                         seqs.seqlen_k, params.head_dim_v, box_keys)};
   AttentionTask task;
   task.p = params;
   if (blocks != nullptr) task.blocks = *blocks;

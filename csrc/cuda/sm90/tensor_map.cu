@@ -1,9 +1,8 @@
-#include "cuda/sm90/tensor_map.h"
-
 #include <stdexcept>
 #include <string>
 
 #include "cuda/runtime.h"
+#include "cuda/sm90/tensor_map.h"
 
 namespace longctx::cuda::sm90 {
 namespace {

@@ -10,9 +10,9 @@ constexpr int kPanelColumns = device::kPanelBytes / 2;  // of 16-bit elements
 
 template <int kHeadDim>
 struct Tile {
-  static constexpr int kRows = 128;                          // (row, head) pairs of an item
-  static constexpr int kKeys = kHeadDim > 128 ? 64 : 128;    // of a tile
-  static constexpr int kStages = kHeadDim < 128 ? 4 : 2;     // tiles of K and of V under way
+  static constexpr int kRows = 128;                        // (row, head) pairs of an item
+  static constexpr int kKeys = kHeadDim > 128 ? 64 : 128;  // of a tile
+  static constexpr int kStages = kHeadDim < 128 ? 4 : 2;   // tiles of K and of V under way
   static constexpr int kPanels = kHeadDim / kPanelColumns;
   static constexpr int kRowPanelBytes = kRows * device::kPanelBytes;
   static constexpr int kKeyPanelBytes = kKeys * device::kPanelBytes;
@@ -30,9 +30,9 @@ struct Tile {
 template <int kHeadDim>
 struct alignas(device::kSwizzleBytes) SharedMemory {
   using Shape = Tile<kHeadDim>;
-  char q[Shape::kPanels][Shape::kRowPanelBytes];                   // [rows, 64] each
-  char k[Shape::kStages][Shape::kPanels][Shape::kKeyPanelBytes];   // [keys, 64] each
-  char v[Shape::kStages][Shape::kPanels][Shape::kKeyPanelBytes];   // [keys, 64] each
+  char q[Shape::kPanels][Shape::kRowPanelBytes];                  // [rows, 64] each
+  char k[Shape::kStages][Shape::kPanels][Shape::kKeyPanelBytes];  // [keys, 64] each
+  char v[Shape::kStages][Shape::kPanels][Shape::kKeyPanelBytes];  // [keys, 64] each
   uint64_t q_full;
   uint64_t k_full[Shape::kStages], k_empty[Shape::kStages];
   uint64_t v_full[Shape::kStages], v_empty[Shape::kStages];
