@@ -98,10 +98,12 @@ AttentionPlan choose_plan(const char* op, const AttentionParams& p, const BlockL
   if (blocks == nullptr) {
     // Rows of several heads in a tile reach less far beyond the diagonal than those of one.
     constexpr int64_t kMinRows = 16;
-    grid.heads_per_item = choose_heads(
-        max_heads, hopper ? kMinRows : std::min(p.seqs.seqlen_q, kMinRows), plan.tile_rows);
-    grid.block_rows = plan.tile_rows / grid.heads_per_item;
-    if (hopper) grid.block_rows = grid.block_rows / 8 * 8;  // the rows of a copy's swizzle
+    // A copy on Hopper brings the rows of a swizzle, 8, or a multiple.
+    const int64_t unit = hopper ? 8 : 1;
+    const int64_t rows = ceil_div(p.seqs.seqlen_q, unit) * unit;
+    grid.heads_per_item = choose_heads(max_heads, std::min(rows, kMinRows), plan.tile_rows);
+    grid.block_rows = plan.tile_rows / grid.heads_per_item / unit * unit;
+    if (hopper) grid.block_rows = std::min(grid.block_rows, rows);
     grid.blocks_per_seq = ceil_div(p.seqs.seqlen_q, grid.block_rows) +
                           (p.seqs.cu_seqlens_q == nullptr ? 0 : p.seqs.num_seqs);
   } else {

@@ -49,10 +49,10 @@ LONGCTX_DEVICE void mbarrier_arrive(uint64_t* mbarrier) {
 }
 // Arrives, and makes the phase wait for `bytes` more.
 LONGCTX_DEVICE void mbarrier_arrive_expect(uint64_t* mbarrier, int bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(
-                   shared_address(mbarrier)),
-               "r"(bytes)
-               : "memory");
+  asm volatile(
+      "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(mbarrier)),
+      "r"(bytes)
+      : "memory");
 }
 LONGCTX_DEVICE bool mbarrier_try_wait(uint64_t* mbarrier, uint32_t parity) {
   uint32_t ended;
@@ -128,11 +128,11 @@ namespace detail {
 using cute::SM90::GMMA::Major;
 template <class T, int n>
 struct Atom;
-#define LONGCTX_WGMMA_ATOM(T, n, name)                                                          \
-  template <>                                                                                   \
-  struct Atom<T, n> {                                                                           \
-    using Shared = cute::SM90::GMMA::MMA_64x##n##x16_F32##name##_SS<Major::K, Major::K>;        \
-    using Registers = cute::SM90::GMMA::MMA_64x##n##x16_F32##name##_RS<Major::K, Major::MN>;    \
+#define LONGCTX_WGMMA_ATOM(T, n, name)                                                       \
+  template <>                                                                                \
+  struct Atom<T, n> {                                                                        \
+    using Shared = cute::SM90::GMMA::MMA_64x##n##x16_F32##name##_SS<Major::K, Major::K>;     \
+    using Registers = cute::SM90::GMMA::MMA_64x##n##x16_F32##name##_RS<Major::K, Major::MN>; \
   };
 LONGCTX_WGMMA_ATOM(__nv_bfloat16, 64, BF16BF16)
 LONGCTX_WGMMA_ATOM(__nv_bfloat16, 128, BF16BF16)
@@ -234,8 +234,8 @@ LONGCTX_DEVICE void pin(Word (&)[n]) {}
 LONGCTX_DEVICE uint64_t opaque(uint64_t value) { return value; }
 
 template <class T>
-constexpr simt::Element kElement = std::is_same_v<T, __half> ? simt::Element::kFloat16
-                                                             : simt::Element::kBFloat16;
+constexpr simt::Element kElement =
+    std::is_same_v<T, __half> ? simt::Element::kFloat16 : simt::Element::kBFloat16;
 template <class T, int n>
 LONGCTX_DEVICE void wgmma(float (&acc)[n], uint64_t a, uint64_t b, bool accumulate,
                           simt::Where where = simt::here()) {
@@ -268,6 +268,8 @@ LONGCTX_DEVICE uint64_t operand_descriptor(uint32_t address, int panel_bytes) {
   return start | leading << 16 | uint64_t{kSwizzleBytes >> 4} << 32 | uint64_t{1} << 62;
 }
 // The operand `bytes` further on, a multiple of 16.
-LONGCTX_DEVICE uint64_t advance(uint64_t descriptor, int bytes) { return descriptor + (bytes >> 4); }
+LONGCTX_DEVICE uint64_t advance(uint64_t descriptor, int bytes) {
+  return descriptor + (bytes >> 4);
+}
 
 }  // namespace longctx::device

@@ -2,9 +2,8 @@
 // fragments of WGMMA, beside NVIDIA's own layouts in CuTe.
 #include <gtest/gtest.h>
 
-#include <cute/tensor.hpp>
-
 #include <cute/atom/mma_traits_sm90_gmma.hpp>
+#include <cute/tensor.hpp>
 
 #include "device/hopper.cuh"
 
@@ -44,9 +43,8 @@ void check_rows() {
   const auto tile = make_tensor(make_smem_ptr(base), layout);
   const auto steps = local_tile(tile, make_shape(Int<kRows>{}, Int<16>{}), make_coord(0, _));
   for (int step = 0; step < kColumns / 16; ++step) {
-    const uint64_t own =
-        device::advance(device::operand_descriptor(0, kRows * device::kPanelBytes),
-                        step / 4 * kRows * device::kPanelBytes + step % 4 * 32);
+    const uint64_t own = device::advance(device::operand_descriptor(0, kRows * device::kPanelBytes),
+                                         step / 4 * kRows * device::kPanelBytes + step % 4 * 32);
     const int64_t start = &steps(0, 0, step) - &tile(0, 0);
     const uint64_t fields = gmma::make_gmma_desc<gmma::Major::K>(steps(_, _, 0)).desc_;
     // The leading offset is not used by this form.

@@ -18,7 +18,7 @@ namespace {
 constexpr int kPanelBytes = 128;
 constexpr int kPanelColumns = 64;
 constexpr int kWarpRows = 16;
-constexpr int kDepth = 16;       // of a product
+constexpr int kDepth = 16;  // of a product
 constexpr int kMaxColumns = 256;
 constexpr uint64_t kIntact = 0x6d62617272696572u;
 
@@ -165,8 +165,8 @@ void read_columns(const Operand& operand, Element element, int num_rows, float (
     for (int row = 0; row < num_rows; row += 8) {
       float values[8];
       read_unit(element,
-                operand.start + row / kPanelColumns * operand.leading +
-                    row % kPanelColumns * 2 + k / 8 * operand.stride + k % 8 * kPanelBytes,
+                operand.start + row / kPanelColumns * operand.leading + row % kPanelColumns * 2 +
+                    k / 8 * operand.stride + k % 8 * kPanelBytes,
                 values, where);
       for (int i = 0; i < 8; ++i) rows[row + i][k] = values[i];
     }
@@ -224,8 +224,7 @@ void execute_batches(WarpProducts& products, size_t keep) {
 
 template <class Work>
 void by_warp(const char* name, const Work& work, Where where) {
-  warp_op(
-      name, char(), [&](char*) { work(hopper().warps[running.index / kWarpSize]); }, where);
+  warp_op(name, char(), [&](char*) { work(hopper().warps[running.index / kWarpSize]); }, where);
 }
 
 }  // namespace

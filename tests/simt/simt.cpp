@@ -71,7 +71,7 @@ struct CudaThread {
   Where where = {};
   int barrier = -1;
   const void* key = nullptr;  // of wait_for_wake
-  void* order = nullptr;  // what the collective's memory order hangs on, or null
+  void* order = nullptr;      // what the collective's memory order hangs on, or null
   const char* results = nullptr;
   bool returned = false;
 };
@@ -286,8 +286,7 @@ void Block::in_background(std::function<void()> work) {
 }
 
 bool Block::lands_at_issue() {
-  return mode.landing == Landing::kEarly ||
-         (mode.landing == Landing::kRandom && random(2) == 0);
+  return mode.landing == Landing::kEarly || (mode.landing == Landing::kRandom && random(2) == 0);
 }
 
 void Block::preempt() {

@@ -4,7 +4,8 @@
 // One warp of the first warpgroup produces, two warpgroups of 64 rows each consume; tile i lies in
 // stage i % kStages of the rings of K and V:
 //   producer   walk i | wait K empty i | load K i | wait V empty i | load V i | walk i + 1 ...
-//   consumer   wait K i + 1, turn | issue S' = Q K(i + 1) | wait V i | issue O += P V(i) | pass turn
+//   consumer   wait K i + 1, turn | issue S' = Q K(i + 1) | wait V i | issue O += P V(i) | pass
+//   turn
 //              wait S' | free K i + 1 | mask, softmax S' -> P', clear what is dead of V(i + 1)
 //              wait O  | free V i     | O *= factor, P = P'
 // Whoever frees K i + 1 has done with the positions of tile i, so that before it loads K i the
@@ -14,114 +15,14 @@
 // Floor per tile of 128 x 128 (128 x 64) at head_dim D, for 4096 FLOP and 16 exponentials a cycle:
 //   D = 64: 1024 cycles of WGMMA, 1024 of exponentials, 32 KiB from L2; both bind
 //   D = 128: 2048, 1024, 64 KiB: WGMMA binds
-//   D = 256: 2048, 512, 64 KiB: WGMMA binds, and S = Q K reads shared memory at its 128 bytes a cycle
+//   D = 256: 2048, 512, 64 KiB: WGMMA binds, and S = Q K reads shared memory at its 128 bytes a
+//   cycle
 #pragma once
 #include "cuda/runtime.h"
-#include "cuda/sm90/attention.h"
+#include "cuda/sm90/producer.cuh"
 #include "cuda/sm90/softmax.cuh"
-#include "cuda/sm90/tensor_map.h"
-#include "cuda/sm90/tile.cuh"
 
 namespace longctx::cuda::sm90 {
-
-// What a launch hands to the kernel.
-struct AttentionMaps {
-  TensorMap q, k, v;
-};
-struct AttentionTask {
-  AttentionParams p;
-  BlockList blocks;  // block_indptr null: dense
-  ItemGrid grid;
-  ScoreScale scale;
-  AttentionPartials partials;
-  int box_keys;  // neighbouring keys that one copy brings
-
-  LONGCTX_DEVICE const BlockList* block_list() const {
-    return blocks.block_indptr == nullptr ? nullptr : &blocks;
-  }
-};
-
-// ---- producer: one warp ----
-
-template <int kHeadDim>
-LONGCTX_DEVICE void load_queries(SharedMemory<kHeadDim>& shared, const AttentionMaps& maps,
-                                 const AttentionTask& task, const Item& item) {
-  using Shape = Tile<kHeadDim>;
-  const int rows = static_cast<int>(task.grid.block_rows);
-  const int first_row = static_cast<int>(item.seq.q_begin + item.row_begin);
-  device::mbarrier_arrive_expect(
-      &shared.q_full, item.num_heads * rows * Shape::kPanels * device::kPanelBytes);
-#pragma unroll 1
-  for (int head = 0; head < item.num_heads; ++head) {
-#pragma unroll
-    for (int panel = 0; panel < Shape::kPanels; ++panel) {
-      device::load_box(shared.q[panel] + head * rows * device::kPanelBytes, &maps.q, &shared.q_full,
-                       panel * kPanelColumns, first_row, static_cast<int>(item.first_head) + head,
-                       static_cast<int>(item.seq.batch_index));
-    }
-  }
-}
-
-// A tile of K or V, in boxes of neighbouring keys.
-template <int kHeadDim>
-LONGCTX_DEVICE void load_tile(char (&stage)[Tile<kHeadDim>::kPanels][Tile<kHeadDim>::kKeyPanelBytes],
-                              const TensorMap* map, uint64_t* full, int box_keys,
-                              const KeyTile<Tile<kHeadDim>::kKeys>& tile, const Item& item) {
-  using Shape = Tile<kHeadDim>;
-  device::mbarrier_arrive_expect(full, Shape::kPanels * Shape::kKeyPanelBytes);
-  for (int slot = 0; slot < Shape::kKeys; slot += box_keys) {
-    const int32_t position = tile.positions[slot];
-    const int row =
-        static_cast<int>(item.seq.k_begin) + (position < 0 ? ~position : position);
-#pragma unroll
-    for (int panel = 0; panel < Shape::kPanels; ++panel) {
-      device::load_box(stage[panel] + slot * device::kPanelBytes, map, full, panel * kPanelColumns,
-                       row, static_cast<int>(item.kv_head),
-                       static_cast<int>(item.seq.batch_index));
-    }
-  }
-}
-
-template <int kHeadDim>
-LONGCTX_DEVICE void produce(SharedMemory<kHeadDim>& shared, const AttentionMaps& maps,
-                            const AttentionTask& task) {
-  using Shape = Tile<kHeadDim>;
-  const Item item = shared.item;
-  const bool elected = device::elect_one();
-  // load q tile
-  if (elected) load_queries(shared, maps, task, item);
-  shared.mask.init_extents();
-  BlockRow row;
-  if (task.block_list() != nullptr) {
-    const int64_t head = pattern_head(task.blocks, item.first_head, task.p.num_q_heads);
-    row = block_row(task.blocks, item.seq.batch_index, head, item.list_row);
-  }
-  KeyTiles<Shape::kKeys, Shape::kRows> tiles(shared.mask);
-  tiles.begin(task.block_list(), row, item, task.grid.num_splits);
-  // for each key block of the row
-  Place<Shape::kStages> at;
-  Place<Shape::kTiles> walk;
-  for (bool more = true; more; at.advance(), walk.advance()) {
-    KeyTile<Shape::kKeys>& tile = shared.tiles[walk.stage];
-    tiles.next(tile);
-    device::sync_warp();
-    more = tile.exists();
-    // The other lanes do not touch what the consumers have freed before this one has waited.
-    if (elected) {
-      device::mbarrier_wait(&shared.k_empty[at.stage], at.parity ^ 1);
-      if (more) {
-        load_tile<kHeadDim>(shared.k[at.stage], &maps.k, &shared.k_full[at.stage], task.box_keys,
-                            tile, item);
-        device::mbarrier_wait(&shared.v_empty[at.stage], at.parity ^ 1);
-        load_tile<kHeadDim>(shared.v[at.stage], &maps.v, &shared.v_full[at.stage], task.box_keys,
-                            tile, item);
-      } else {
-        device::mbarrier_arrive(&shared.k_full[at.stage]);
-      }
-    }
-    device::sync_warp();
-  }
-}
 
 // ---- consumers: a warpgroup for 64 rows ----
 
@@ -153,9 +54,12 @@ class Consumer {
  public:
   using Shape = Tile<kHeadDim>;
 
-  LONGCTX_DEVICE Consumer(SharedMemory<kHeadDim>& shared, const AttentionTask& task,
-                          int warpgroup)
-      : shared_(shared), task_(task), warpgroup_(warpgroup), turn_(warpgroup == 0) {
+  LONGCTX_DEVICE Consumer(SharedMemory<kHeadDim>& shared, const AttentionTask& task, int warpgroup)
+      : shared_(shared),
+        task_(task),
+        warpgroup_(warpgroup),
+        takes_turns_(Shape::kTurns && shared.consumers > 1),
+        turn_(warpgroup == 0) {
     const int thread = device::thread_index() % device::kWarpgroupSize;
     first_row_ = warpgroup * 64 + thread / device::kWarpSize * 16 + thread % device::kWarpSize / 4;
     first_column_ = thread % 4 * 2;
@@ -223,7 +127,7 @@ class Consumer {
 
   LONGCTX_DEVICE void step(Values& acc, Weights& p) {
     Scores s;
-    if (Shape::kTurns) device::mbarrier_wait(&shared_.turn[warpgroup_], turn_);
+    if (takes_turns_) device::mbarrier_wait(&shared_.turn[warpgroup_], turn_);
     device::pin(acc);
     device::wgmma_fence();
     issue_scores<T, kHeadDim>(s, q_, keys(next_));
@@ -232,7 +136,7 @@ class Consumer {
     device::wgmma_fence();
     issue_values<T>(acc, p, values(now_));
     device::wgmma_commit();
-    if (Shape::kTurns) arrive(&shared_.turn[1 - warpgroup_]);
+    if (takes_turns_) arrive(&shared_.turn[1 - warpgroup_]);
     turn_ ^= 1;
     device::wgmma_wait<1>();
     device::pin(s);
@@ -290,15 +194,15 @@ class Consumer {
     return row < shared_.item.num_rows ? row : shared_.item.num_rows - 1;
   }
 
-  // Values that no row sees may be anything, and 0 * NaN would stay. Both warpgroups read them:
-  // each clears every other slot.
+  // Values that no row sees may be anything, and 0 * NaN would stay. All consumers read them: each
+  // clears a part.
   LONGCTX_DEVICE void clear_dead_values(const At& at) {
     if (!tile().partial()) return;
     device::mbarrier_wait(&shared_.v_full[at.stage], at.parity);
     constexpr int kUnits = device::kPanelBytes / sizeof(uint4);
     const int thread = device::thread_index() - device::kWarpgroupSize;
-    constexpr int kConsumerThreads = Shape::kConsumers * device::kWarpgroupSize;
-    for (int slot = thread / kUnits; slot < Shape::kKeys; slot += kConsumerThreads / kUnits) {
+    const int num_threads = shared_.consumers * device::kWarpgroupSize;
+    for (int slot = thread / kUnits; slot < Shape::kKeys; slot += num_threads / kUnits) {
       if (tile().positions[slot] >= 0) continue;
 #pragma unroll
       for (int panel = 0; panel < Shape::kPanels; ++panel) {
@@ -307,7 +211,7 @@ class Consumer {
       }
     }
     device::fence_async_proxy();
-    device::sync_named(1, kConsumerThreads);
+    device::sync_named(1, num_threads);
   }
 
   // write out, lse
@@ -323,8 +227,7 @@ class Consumer {
       const int64_t head = item.first_head + item_head;
       const int64_t q_row = item.seq.q_begin + item.row_begin + row;
       const int64_t index = (item.seq.batch_index * p.num_q_heads + head) * p.seqs.seqlen_q + q_row;
-      const int64_t split =
-          item.split * p.seqs.batch * p.num_q_heads * p.seqs.seqlen_q + index;
+      const int64_t split = item.split * p.seqs.batch * p.num_q_heads * p.seqs.seqlen_q + index;
       const bool whole = task_.partials.lse == nullptr;
       const float sink = whole && p.sinks != nullptr ? p.sinks[head] : -INFINITY;
       const RowResult result = finish_row(rows_.reference[i] * kLn2, sum, sink);
@@ -351,10 +254,11 @@ class Consumer {
 
   SharedMemory<kHeadDim>& shared_;
   const AttentionTask& task_;
-    uint64_t q_;
+  uint64_t q_;
   int warpgroup_, first_row_, first_column_;
-  uint32_t turn_;  // parity of the phase that gives this warpgroup its turn
-  At now_, next_;               // the tile of P V, and that of S'
+  bool takes_turns_;
+  uint32_t turn_;              // parity of the phase that gives this warpgroup its turn
+  At now_, next_;              // the tile of P V, and that of S'
   Place<Shape::kTiles> tile_;  // of S'
   RowPair rows_;
 };
@@ -363,15 +267,15 @@ class Consumer {
 
 template <int kHeadDim>
 LONGCTX_DEVICE void init_barriers(SharedMemory<kHeadDim>& shared) {
-  constexpr int kConsumerWarps = Tile<kHeadDim>::kConsumers * 4;
+  constexpr int kWarps = device::kWarpgroupSize / device::kWarpSize;
   device::mbarrier_init(&shared.q_full, 1);
   for (int stage = 0; stage < Tile<kHeadDim>::kStages; ++stage) {
     device::mbarrier_init(&shared.k_full[stage], 1);
     device::mbarrier_init(&shared.v_full[stage], 1);
-    device::mbarrier_init(&shared.k_empty[stage], kConsumerWarps);
-    device::mbarrier_init(&shared.v_empty[stage], kConsumerWarps);
+    device::mbarrier_init(&shared.k_empty[stage], shared.consumers * kWarps);
+    device::mbarrier_init(&shared.v_empty[stage], shared.consumers * kWarps);
   }
-  for (uint64_t& turn : shared.turn) device::mbarrier_init(&turn, 4);
+  for (uint64_t& turn : shared.turn) device::mbarrier_init(&turn, kWarps);
   device::fence_mbarrier_init();
 }
 
@@ -386,6 +290,9 @@ attention_kernel(LONGCTX_GRID_CONSTANT const AttentionMaps maps,
     const Item item = item_at(task.p, task.block_list(), task.grid, device::block_index());
     if (device::lane_index() == 0) {
       shared.item = item;
+      const int last_pair =
+          (item.num_heads - 1) * static_cast<int>(task.grid.block_rows) + item.num_rows - 1;
+      shared.consumers = last_pair / Tile<kHeadDim>::kConsumerRows + 1;
       init_barriers(shared);
       device::prefetch_map(&maps.q);
       device::prefetch_map(&maps.k);
@@ -400,7 +307,7 @@ attention_kernel(LONGCTX_GRID_CONSTANT const AttentionMaps maps,
   if (warp < 4) {
     device::lower_registers<64>();
     if (warp == 0) produce(shared, maps, task);
-  } else {
+  } else if (warp / 4 <= shared.consumers) {
     device::raise_registers<224>();
     Consumer<T, kHeadDim>(shared, task, warp / 4 - 1).run();
   }
@@ -416,16 +323,16 @@ template <class T, int head_dim>
 void launch_attention(const AttentionParams& params, const BlockList* blocks,
                       const AttentionPlan& plan) {
   using Shape = Tile<head_dim>;
-  const int64_t box_keys =
-      blocks != nullptr && blocks->block_size_k < Shape::kKeys ? blocks->block_size_k : Shape::kKeys;
+  const int64_t box_keys = blocks != nullptr && blocks->block_size_k < Shape::kKeys
+                               ? blocks->block_size_k
+                               : Shape::kKeys;
   const SequenceParams& seqs = params.seqs;
-  const AttentionMaps maps = {
-      tensor_map(params.dtype, params.q, seqs.batch, params.num_q_heads, seqs.seqlen_q,
-                 params.head_dim, plan.grid.block_rows),
-      tensor_map(params.dtype, params.k, seqs.batch, params.num_kv_heads, seqs.seqlen_k,
-                 params.head_dim, box_keys),
-      tensor_map(params.dtype, params.v, seqs.batch, params.num_kv_heads, seqs.seqlen_k,
-                 params.head_dim_v, box_keys)};
+  const AttentionMaps maps = {tensor_map(params.dtype, params.q, seqs.batch, params.num_q_heads,
+                                         seqs.seqlen_q, params.head_dim, plan.grid.block_rows),
+                              tensor_map(params.dtype, params.k, seqs.batch, params.num_kv_heads,
+                                         seqs.seqlen_k, params.head_dim, box_keys),
+                              tensor_map(params.dtype, params.v, seqs.batch, params.num_kv_heads,
+                                         seqs.seqlen_k, params.head_dim_v, box_keys)};
   AttentionTask task;
   task.p = params;
   if (blocks != nullptr) task.blocks = *blocks;

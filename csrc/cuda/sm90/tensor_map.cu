@@ -1,9 +1,8 @@
-#include "cuda/sm90/tensor_map.h"
-
 #include <stdexcept>
 #include <string>
 
 #include "cuda/runtime.h"
+#include "cuda/sm90/tensor_map.h"
 
 namespace longctx::cuda::sm90 {
 namespace {
@@ -18,14 +17,18 @@ struct Extents {
 };
 
 Extents extents(const TensorView& view, int64_t batch, int64_t heads, int64_t seqlen, int64_t dim) {
-  // A dim of length 1 is never stepped along: its stride may be anything that TMA accepts.
-  const auto bytes = [](int64_t length, int64_t stride) {
-    return static_cast<uint64_t>(length > 1 ? stride * kElementBytes : 16);
-  };
-  return {{static_cast<uint64_t>(dim), static_cast<uint64_t>(seqlen), static_cast<uint64_t>(heads),
-           static_cast<uint64_t>(batch)},
-          {bytes(seqlen, view.seq_stride), bytes(heads, view.head_stride),
-           bytes(batch, view.batch_stride)}};
+  const int64_t lengths[4] = {dim, seqlen, heads, batch};
+  const int64_t strides[3] = {view.seq_stride, view.head_stride, view.batch_stride};
+  Extents result;
+  uint64_t packed = static_cast<uint64_t>(dim * kElementBytes);
+  for (int i = 0; i < 4; ++i) result.lengths[i] = static_cast<uint64_t>(lengths[i]);
+  for (int i = 0; i < 3; ++i) {
+    // A dim of length 1 is never stepped along: whatever its stride, TMA gets one that it takes.
+    result.strides[i] = lengths[i + 1] > 1 ? static_cast<uint64_t>(strides[i] * kElementBytes)
+                                           : (packed + 15) / 16 * 16;
+    packed = result.strides[i] * result.lengths[i + 1];
+  }
+  return result;
 }
 
 }  // namespace
@@ -76,7 +79,7 @@ TensorMap tensor_map(DType dtype, const TensorView& view, int64_t batch, int64_t
       &map,
       dtype == DType::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
       4, view.data, lengths, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-      CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+      CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
       CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS) {
     throw std::runtime_error("longctx: cuTensorMapEncodeTiled failed with error " +
