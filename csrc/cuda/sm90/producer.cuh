@@ -66,7 +66,7 @@ template <int kHeadDim>
 LONGCTX_DEVICE void produce(SharedMemory<kHeadDim>& shared, const AttentionMaps& maps,
                             const AttentionTask& task) {
   using Shape = Tile<kHeadDim>;
-  const Item item = shared.item;
+  const Item& item = shared.item;
   const bool elected = device::elect_one();
   // load q tile
   if (elected) load_queries(shared, maps, task, item);
