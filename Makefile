@@ -58,7 +58,8 @@ test-cpp: $(INSTALLED)
 # The CUDA kernels on the CPU, one fiber per CUDA thread, under AddressSanitizer and ThreadSanitizer
 # (tests/simt). Needs no GPU and no nvcc, only the CUDA headers.
 CUDA_HOME ?= /usr/local/cuda
-simt: | toolchain $(PY)
+SIMT_LIBRARY := build/simt/tests/simt/liblongctx_simt.so
+simt: $(INSTALLED) | toolchain $(PY)
 	@if [ "$$(uname -m)" != x86_64 ]; then echo "host SIMT not run: it switches stacks by x86-64 assembly"; \
 	elif [ ! -e $(CUDA_HOME)/include/cuda_bf16.h ]; then echo "host SIMT not run: no CUDA headers in $(CUDA_HOME) (set CUDA_HOME)"; \
 	elif [ ! -e /usr/include/gtest/gtest.h ]; then echo "host SIMT not run: no GoogleTest (Debian: apt-get install libgtest-dev)"; \
@@ -66,8 +67,11 @@ simt: | toolchain $(PY)
 	  $(PY) -m pip install -q cmake ninja && \
 	  $(PY) -m cmake -S . -B build/simt -G Ninja -DLONGCTX_SIMT=ON $(subst -C cmake.define.,-D,$(LAUNCHER)) \
 	    -DLONGCTX_CUDA_INCLUDE=$(CUDA_HOME)/include -DPython_EXECUTABLE=$(abspath $(PY)) >/dev/null && \
-	  $(PY) -m cmake --build build/simt --target simt_tests longctx_lanes_simt && \
-	  $(dir $(PY))ctest --test-dir build/simt --output-on-failure -j2; \
+	  $(PY) -m cmake --build build/simt --target longctx_simt simt_tests longctx_lanes_simt && \
+	  $(dir $(PY))ctest --test-dir build/simt --output-on-failure -j2 && \
+	  $(PY) -m pytest -q --simt $(SIMT_LIBRARY) && \
+	  $(PY) -m pytest -q --simt $(SIMT_LIBRARY) --simt-mode random,random,1,sm_90 \
+	    tests/test_attention.py tests/test_block_sparse_attention.py; \
 	fi
 
 # After the install: mypy reads the types of torch and transformers.
