@@ -534,8 +534,7 @@ CASES = {
             illegal=LINEAR_OPTIONS,
             extreme={"scale": (0.0, -1.0), "eps": (0.0, 1e30)},
             legal_changes=frozenset(
-                f"all_options: state{change}"
-                for change in (".size(0)+1", ".size(0)=0", " huge in its first dim")
+                f"all_options: state{change}" for change in (".size(0)+1", ".size(0)=0", " huge in its first dim")
             ),
             growing={"q": 2, "k": 2, "v": 2},
             invalid=INVALID_DECAYS

@@ -28,26 +28,47 @@ struct Tiles {
   int64_t part;
 };
 
+// Parts of the factors of the products of kNumParts parts: neighbours share a factor, which stays
+// in its tiles. Products left out are below the rounding of the dtype.
+template <int kNumParts>
+constexpr int kOrder[6][2] = {{0, 0}};
+template <>
+constexpr int kOrder<2>[6][2] = {{1, 0}, {0, 0}, {0, 1}};
+template <>
+constexpr int kOrder<3>[6][2] = {{2, 0}, {1, 0}, {1, 1}, {0, 1}, {0, 2}, {0, 0}};
+
 // block = a b over `steps` of depth, [32][32] float.
 template <int kNumParts>
 LONGCTX_ALWAYS_INLINE inline void multiply_block(const Tiles& a, const Tiles& b, int64_t steps,
                                                  float* block) {
   zero_tiles();
   for (int64_t step = 0; step < steps; ++step) {
-    for (int product = 0; product < kNumProducts<kNumParts>; ++product) {
-      const char* a0 = a.data + step * a.step + a_part<kNumParts>(product) * a.part;
-      const char* b0 = b.data + step * b.step + b_part<kNumParts>(product) * b.part;
-      _tile_loadd(6, b0, kTileRow);
-      _tile_loadd(4, a0, a.row);
+#pragma GCC unroll 6
+    for (int n = 0; n < kNumProducts<kNumParts>; ++n) {
+      const char* a0 = a.data + step * a.step + kOrder<kNumParts>[n][0] * a.part;
+      const char* b0 = b.data + step * b.step + kOrder<kNumParts>[n][1] * b.part;
+      const bool new_a = n == 0 || kOrder<kNumParts>[n][0] != kOrder<kNumParts>[n - 1][0];
+      const bool new_b = n == 0 || kOrder<kNumParts>[n][1] != kOrder<kNumParts>[n - 1][1];
+      if (new_b) _tile_loadd(6, b0, kTileRow);
+      if (new_a) _tile_loadd(4, a0, a.row);
       _tile_dpbf16ps(0, 4, 6);
-      _tile_loadd(7, b0 + b.second, kTileRow);
+      if (new_b) _tile_loadd(7, b0 + b.second, kTileRow);
       _tile_dpbf16ps(1, 4, 7);
-      _tile_loadd(5, a0 + a.second, a.row);
+      if (new_a) _tile_loadd(5, a0 + a.second, a.row);
       _tile_dpbf16ps(2, 5, 6);
       _tile_dpbf16ps(3, 5, 7);
     }
   }
   store_scores(block);
+}
+
+// Brings rows [first, last) of a row matrix into the L2 cache.
+inline void prefetch_rows(const void* data, int64_t stride_bytes, int64_t bytes, int64_t first,
+                          int64_t last) {
+  const char* row = static_cast<const char*>(data) + first * stride_bytes;
+  for (int64_t i = first; i < last; ++i, row += stride_bytes) {
+    for (int64_t at = 0; at < bytes; at += 64) _mm_prefetch(row + at, _MM_HINT_T1);
+  }
 }
 
 template <class In>
@@ -261,54 +282,113 @@ struct AmxLinear {
             2 * blocks(shape) * kTileBytes};
   }
 
+  // Spreads the rows of the next chunk over `count` steps: a burst would take the line fill buffers
+  // from the tile loads.
+  static void prefetch(const LinearShape& shape, const LinearChunk* next, bool queries, bool keys,
+                       bool values, int64_t step, int64_t count) {
+    if (next == nullptr) return;
+    constexpr int64_t kBytes = sizeof(In);
+    const auto slice = [&](const void* data, int64_t stride, int64_t dim, int64_t rows) {
+      prefetch_rows(data, stride * kBytes, dim * kBytes, rows * step / count,
+                    rows * (step + 1) / count);
+    };
+    if (queries) slice(next->q, next->q_stride, shape.head_dim, next->num_rows);
+    if (keys) slice(next->k, next->k_stride, shape.head_dim, next->num_keys);
+    if (values) slice(next->v, next->v_stride, shape.head_dim_v, next->num_keys);
+  }
+
   static void attend(const LinearShape& shape, const LinearChunk& chunk, const void* memory,
-                     const ChunkWeights<float>& weights, const void* state_memory, float* acc) {
+                     const ChunkWeights<float>& weights, const void* state_memory,
+                     const LinearOutput<float>& output, float* acc) {
     const Packed packed(shape, const_cast<void*>(memory));
     const State state(shape, const_cast<void*>(state_memory));
-    const int64_t part = 2 * blocks(shape) * kTileBytes;
-    alignas(64) float inter[kSide * kSide], intra[kSide * kSide];
+    const int64_t halves = (chunk.num_rows + kSide - 1) / kSide;
     const int64_t key_halves = weights.pairs == nullptr ? 0 : (chunk.num_keys + kSide - 1) / kSide;
-    for (int64_t half = 0; half * kSide < chunk.num_rows; ++half) {
-      const Tiles q = query_tiles(shape, chunk, packed, half);
-      const int64_t seen = weights.causal ? std::min(key_halves, half + 1) : key_halves;
-      // p = pairs * q k^T
-      for (int64_t keys = 0; keys < seen; ++keys) {
-        const int64_t k_part = steps(shape) * 2 * kTileBytes;
-        finish_stores();
+    const auto seen = [&](int64_t half) {
+      return weights.causal ? std::min(key_halves, half + 1) : key_halves;
+    };
+    // p = pairs * q k^T
+    alignas(64) float inter[kSide * kSide], intra[kSide * kSide];
+    const int64_t k_part = steps(shape) * 2 * kTileBytes;
+    finish_stores();
+    for (int64_t half = 0; half < halves; ++half) {
+      for (int64_t keys = 0; keys < seen(half); ++keys) {
         multiply_block<kNumParts>(
-            q,
+            query_tiles(shape, chunk, packed, half),
             {packed.k_t + keys * kNumParts * k_part, kTileRow, kTileBytes, 2 * kTileBytes, k_part},
             steps(shape), intra);
         weigh_scores(weights.pairs + half * kSide * kLinearChunk + keys * kSide, intra,
                      packed.p + half * 2 * kNumParts * kHalves * kTileBytes + keys * kTileBytes);
       }
-      finish_stores();
-      for (int64_t block = 0; block < blocks(shape); ++block) {
-        // acc = rows q state + p v
+    }
+    finish_stores();
+    // acc = rows q state + p v
+    const bool direct = output.out != nullptr && output.more == nullptr && !shape.normalize;
+    const int64_t part = 2 * blocks(shape) * kTileBytes;
+    for (int64_t block = 0; block < blocks(shape); ++block) {
+      for (int64_t half = 0; half < halves; ++half) {
+        prefetch(shape, chunk.next, true, true, false, block * halves + half,
+                 blocks(shape) * halves);
         if (weights.rows != nullptr) {
           multiply_block<kNumParts>(
-              q,
+              query_tiles(shape, chunk, packed, half),
               {state.tiles + block * 2 * kTileBytes, kTileRow, kTileBytes, kNumParts * part, part},
               steps(shape), inter);
         }
-        if (seen > 0) {
+        if (seen(half) > 0) {
           multiply_block<kNumParts>(
               {packed.p + half * 2 * kNumParts * kHalves * kTileBytes, kTileRow,
                kNumParts * kHalves * kTileBytes, kTileBytes, kHalves * kTileBytes},
-              value_tiles(shape, packed, block), seen, intra);
+              value_tiles(shape, packed, block), seen(half), intra);
         }
-        float* to = acc + half * kSide * acc_stride(shape) + block * kSide;
-        for (int64_t i = 0; i < kSide; ++i, to += acc_stride(shape)) {
-          for (int64_t c = 0; c < kSide; c += 16) {
-            __m512 x = seen > 0 ? _mm512_load_ps(intra + i * kSide + c) : _mm512_setzero_ps();
-            if (weights.rows != nullptr) {
-              x = _mm512_fmadd_ps(_mm512_set1_ps(weights.rows[half * kSide + i]),
-                                  _mm512_load_ps(inter + i * kSide + c), x);
-            }
-            _mm512_store_ps(to + c, x);
+        const float* row_weights = weights.rows != nullptr ? weights.rows + half * kSide : nullptr;
+        const float* own = seen(half) > 0 ? intra : nullptr;
+        if (direct) {
+          write_block(shape, row_weights, inter, own, half, block,
+                      std::min(chunk.num_rows - half * kSide, kSide), output);
+        } else {
+          float* to = acc + half * kSide * acc_stride(shape) + block * kSide;
+          for (int64_t i = 0; i < kSide; ++i, to += acc_stride(shape)) {
+            _mm512_store_ps(to, joined(row_weights, inter, own, i, 0));
+            _mm512_store_ps(to + 16, joined(row_weights, inter, own, i, 16));
           }
         }
       }
+    }
+    if (output.out != nullptr && !direct) finish(shape, acc, chunk.num_rows, output);
+  }
+
+  // weights[row] inter + intra; a null one is zero.
+  static __m512 joined(const float* weights, const float* inter, const float* intra, int64_t row,
+                       int64_t column) {
+    const int64_t at = row * kSide + column;
+    const __m512 x = intra != nullptr ? _mm512_load_ps(intra + at) : _mm512_setzero_ps();
+    if (weights == nullptr) return x;
+    return _mm512_fmadd_ps(_mm512_set1_ps(weights[row]), _mm512_load_ps(inter + at), x);
+  }
+
+  static void write_block(const LinearShape& shape, const float* weights, const float* inter,
+                          const float* intra, int64_t half, int64_t block, int64_t rows,
+                          const LinearOutput<float>& output) {
+    const __m512 scale = _mm512_set1_ps(output.scale);
+    const __mmask32 mask = depth_mask(shape.head_dim_v, block * kSide);
+    In* out = static_cast<In*>(output.out) + half * kSide * output.out_stride + block * kSide;
+    for (int64_t i = 0; i < rows; ++i, out += output.out_stride) {
+      store_outputs(_mm512_mul_ps(joined(weights, inter, intra, i, 0), scale),
+                    _mm512_mul_ps(joined(weights, inter, intra, i, 16), scale), mask, out);
+    }
+  }
+
+  static void store_outputs(__m512 x0, __m512 x1, __mmask32 mask, In* out) {
+    if constexpr (kNumParts == 3) {
+      _mm512_mask_storeu_ps(out, static_cast<__mmask16>(mask), x0);
+      _mm512_mask_storeu_ps(out + 16, static_cast<__mmask16>(mask >> 16), x1);
+    } else if constexpr (kNumParts == 2) {
+      const __m256i low = _mm512_cvtps_ph(x0, _MM_FROUND_TO_NEAREST_INT);
+      const __m256i high = _mm512_cvtps_ph(x1, _MM_FROUND_TO_NEAREST_INT);
+      _mm512_mask_storeu_epi16(out, mask, _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1));
+    } else {
+      _mm512_mask_storeu_epi16(out, mask, (__m512i)_mm512_cvtne2ps_pbh(x1, x0));
     }
   }
 
@@ -391,19 +471,15 @@ struct AmxLinear {
       if (shape.normalize) {
         scale /= row[columns] + (more != nullptr ? more[columns] : 0.0f) + output.eps;
       }
-      const __m512 factor = _mm512_set1_ps(scale);
-      for (int64_t c = 0; c < columns; c += 16) {
-        const auto mask = static_cast<__mmask16>(depth_mask(columns, c));
-        __m512 x = _mm512_maskz_loadu_ps(mask, row + c);
-        if (more != nullptr) x = _mm512_add_ps(x, _mm512_maskz_loadu_ps(mask, more + c));
-        x = _mm512_mul_ps(x, factor);
-        if constexpr (kNumParts == 3) {
-          _mm512_mask_storeu_ps(out + c, mask, x);
-        } else if constexpr (kNumParts == 2) {
-          _mm256_mask_storeu_epi16(out + c, mask, _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
-        } else {
-          _mm256_mask_storeu_epi16(out + c, mask, (__m256i)_mm512_cvtneps_pbh(x));
-        }
+      for (int64_t c = 0; c < columns; c += kSide) {
+        const __mmask32 mask = depth_mask(columns, c);
+        const auto load = [&](int64_t at, __mmask32 lanes) {
+          const auto low = static_cast<__mmask16>(lanes);
+          __m512 x = _mm512_maskz_loadu_ps(low, row + at);
+          if (more != nullptr) x = _mm512_add_ps(x, _mm512_maskz_loadu_ps(low, more + at));
+          return _mm512_mul_ps(x, _mm512_set1_ps(scale));
+        };
+        store_outputs(load(c, mask), load(c + 16, mask >> 16), mask, out + c);
       }
     }
   }

@@ -204,13 +204,11 @@ class LinearSweep {
     return item.seq.k_begin + chunk * kLinearChunk;
   }
 
-  void write_rows(const Item& item, int64_t chunk, int64_t num_rows, const T* acc,
-                  const T* more) const {
+  LinearOutput<T> output_at(const Item& item, int64_t chunk, const T* more) const {
     const char* out = row_at(params_.out, item.seq.batch_index, item.head,
                              item.seq.q_begin + chunk * kLinearChunk);
-    engine_.finish(shape_, acc, num_rows,
-                   {const_cast<char*>(out), params_.out.seq_stride, more,
-                    static_cast<T>(params_.scale), static_cast<T>(params_.eps)});
+    return {const_cast<char*>(out), params_.out.seq_stride, more, static_cast<T>(params_.scale),
+            static_cast<T>(params_.eps)};
   }
 
   void write_final_state(const Item& item, const Thread& t) const {
@@ -226,13 +224,15 @@ class LinearSweep {
     engine_.load_state(shape_, initial, t.state);
     bool zero = initial == nullptr;
     for (int64_t chunk = item.first_chunk; chunk < item.last_chunk; ++chunk) {
-      const LinearChunk rows = chunk_at(item, chunk, wants_rows(), true);
+      LinearChunk rows = chunk_at(item, chunk, wants_rows(), true);
+      const LinearChunk next = chunk_at(item, chunk + 1, wants_rows(), true);
+      if (chunk + 1 < item.last_chunk) rows.next = &next;
       engine_.pack(shape_, rows, t.packed);
       ChunkWeights<T> weights = t.weights->forward(token_at(item, chunk), rows.num_keys);
       if (wants_rows()) {
         if (zero) weights.rows = nullptr;
-        engine_.attend(shape_, rows, t.packed, weights, t.state, t.acc);
-        write_rows(item, chunk, rows.num_rows, t.acc, nullptr);
+        engine_.attend(shape_, rows, t.packed, weights, t.state, output_at(item, chunk, nullptr),
+                       t.acc);
       }
       if (chunk + 1 == item.last_chunk && !item.last) break;  // the next segment has it already
       engine_.update(shape_, rows, t.packed, weights, t.state);
@@ -294,18 +294,15 @@ class LinearSweep {
     write_final_state(item, t);
     const int64_t num_chunks = ceil_div(item.seq.q_len, kLinearChunk);
     for (int64_t chunk = 0; chunk < num_chunks; ++chunk) {
-      attend_state(item, chunk, t.weights->beyond(0), t, t.acc);
-      const int64_t first = chunk * kLinearChunk;
-      write_rows(item, chunk, std::min<int64_t>(item.seq.q_len - first, kLinearChunk), t.acc,
-                 nullptr);
+      attend_state(item, chunk, t.weights->beyond(0), t, output_at(item, chunk, nullptr), t.acc);
     }
   }
 
   void attend_state(const Item& item, int64_t chunk, const ChunkWeights<T>& weights, Thread& t,
-                    T* acc) const {
+                    const LinearOutput<T>& output, T* acc) const {
     const LinearChunk rows = chunk_at(item, chunk, true, false);
     engine_.pack(shape_, rows, t.packed);
-    engine_.attend(shape_, rows, t.packed, weights, t.state, acc);
+    engine_.attend(shape_, rows, t.packed, weights, t.state, output, acc);
   }
 
   void both_directions(const Item& item, Thread& t) const {
@@ -319,7 +316,7 @@ class LinearSweep {
       const LinearChunk keys = chunk_at(item, chunk, false, true);
       const ChunkWeights<T> weights = t.weights->backward(token_at(item, chunk), keys.num_keys);
       if (chunk < row_chunks) {
-        attend_state(item, chunk, weights, t, kept + chunk * kept_size);
+        attend_state(item, chunk, weights, t, {}, kept + chunk * kept_size);
       }
       if (keys.num_keys == 0) continue;
       engine_.pack(shape_, keys, t.packed);
@@ -331,17 +328,16 @@ class LinearSweep {
       engine_.pack(shape_, rows, t.packed);
       const ChunkWeights<T> weights = t.weights->forward(token_at(item, chunk), rows.num_keys);
       if (rows.num_rows > 0) {
-        engine_.attend(shape_, rows, t.packed, weights, t.state, t.acc);
-        write_rows(item, chunk, rows.num_rows, t.acc, kept + chunk * kept_size);
+        engine_.attend(shape_, rows, t.packed, weights, t.state,
+                       output_at(item, chunk, kept + chunk * kept_size), t.acc);
       }
       engine_.update(shape_, rows, t.packed, weights, t.state);
     }
     write_final_state(item, t);
     for (int64_t chunk = key_chunks; chunk < row_chunks; ++chunk) {
       const int64_t distance = chunk * kLinearChunk + 1 - item.seq.k_len;
-      attend_state(item, chunk, t.weights->beyond(distance), t, t.acc);
-      const int64_t left = item.seq.q_len - chunk * kLinearChunk;
-      write_rows(item, chunk, std::min<int64_t>(left, kLinearChunk), t.acc, nullptr);
+      attend_state(item, chunk, t.weights->beyond(distance), t, output_at(item, chunk, nullptr),
+                   t.acc);
     }
   }
 

@@ -27,8 +27,9 @@ struct LinearChunk {
   int64_t q_stride = 0;
   int64_t k_stride = 0;
   int64_t v_stride = 0;
-  int64_t num_rows = 0;  // up to kLinearChunk
-  int64_t num_keys = 0;  // up to kLinearChunk
+  int64_t num_rows = 0;               // up to kLinearChunk
+  int64_t num_keys = 0;               // up to kLinearChunk
+  const LinearChunk* next = nullptr;  // packed next: its rows may be prefetched
 };
 
 // What the decays make of one chunk. T is float, or double for float64.
@@ -44,7 +45,7 @@ struct ChunkWeights {
 // How accumulated rows become outputs: (acc + more) * scale, normalised by their last column.
 template <class T>
 struct LinearOutput {
-  void* out = nullptr;      // [num_rows, head_dim_v]
+  void* out = nullptr;      // [num_rows, head_dim_v]; null: acc is what is wanted
   int64_t out_stride = 0;   // elements
   const T* more = nullptr;  // like acc, or null
   T scale = 1;
@@ -74,11 +75,13 @@ struct LinearEngine {
   // Brings a chunk into the engine's layout; what is null is left out.
   void (*pack)(const LinearShape&, const LinearChunk&, void* packed);
   // acc[i] = sum_j pairs[i][j] (q_i . k_j) v_j + rows[i] q_i^T state: [kLinearChunk][acc_stride].
+  // With an output, its rows are written and acc is scratch.
   void (*attend)(const LinearShape&, const LinearChunk&, const void* packed, const ChunkWeights<T>&,
-                 const void* state, T* acc);
+                 const void* state, const LinearOutput<T>&, T* acc);
   // state = carry state + sum_j keys[j] k_j v_j^T.
   void (*update)(const LinearShape&, const LinearChunk&, void* packed, const ChunkWeights<T>&,
                  void* state);
+  // The output of rows of acc.
   void (*finish)(const LinearShape&, const T* acc, int64_t num_rows, const LinearOutput<T>&);
 
   // One token on a state [head_dim] rows of state_stride: state = decay state + k v^T, then

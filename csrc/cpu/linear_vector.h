@@ -126,42 +126,11 @@ struct VectorLinear {
   }
 
   static void attend(const LinearShape& shape, const LinearChunk& chunk, const void* memory,
-                     const ChunkWeights<T>& weights, const void* state, T* acc) {
-    const Packed packed(shape, const_cast<void*>(memory));
-    const int64_t d = shape.head_dim, stride = padded(d), rows = chunk.num_rows;
-    const int64_t acc_row = acc_stride(shape);
-    T carry = 0;
-    if (weights.rows != nullptr) {
-      // acc = rows q state
-      weigh(packed.q, weights.rows, rows, stride, packed.weighted);
-      Products::template multiply<false>(
-          {packed.weighted, stride, 1}, static_cast<const T*>(state), acc_row, rows,
-          value_vecs(shape), d, [&](int64_t, int64_t) { return d; }, carry, acc, acc_row);
-      carry = 1;
-    }
-    if (weights.pairs == nullptr || chunk.num_keys == 0) {
-      for (int64_t i = 0; carry == 0 && i < rows * acc_row; ++i) acc[i] = 0;
-      return;
-    }
-    // p = pairs * q k^T
-    const int64_t keys = weights.causal && rows < chunk.num_keys ? rows : chunk.num_keys;
-    const auto score_depth = [&](int64_t row_end, int64_t column) {
-      return weights.causal && column >= row_end ? int64_t{0} : d;
-    };
-    Products::template multiply<false>({packed.q, stride, 1}, packed.k_t, kRows, rows,
-                                       (keys + kLanes - 1) / kLanes, d, score_depth, T(0), packed.p,
-                                       kRows);
-    for (int64_t i = 0; i < rows; ++i) {
-      T* p = packed.p + i * kRows;
-      const T* pairs = weights.pairs + i * kRows;
-      for (int64_t j = 0; j < kRows; ++j) p[j] = pairs[j] != 0 ? p[j] * pairs[j] : 0;
-    }
-    // acc += p v
-    const auto value_depth = [&](int64_t row_end, int64_t) {
-      return weights.causal && row_end < keys ? row_end : keys;
-    };
-    Products::template multiply<false>({packed.p, kRows, 1}, packed.v, acc_row, rows,
-                                       value_vecs(shape), keys, value_depth, carry, acc, acc_row);
+                     const ChunkWeights<T>& weights, const void* state,
+                     const LinearOutput<T>& output, T* acc) {
+    accumulate(shape, chunk, Packed(shape, const_cast<void*>(memory)), weights,
+               static_cast<const T*>(state), acc);
+    if (output.out != nullptr) finish(shape, acc, chunk.num_rows, output);
   }
 
   static void update(const LinearShape& shape, const LinearChunk& chunk, void* memory,
@@ -221,6 +190,43 @@ struct VectorLinear {
   }
 
  private:
+  static void accumulate(const LinearShape& shape, const LinearChunk& chunk, const Packed& packed,
+                         const ChunkWeights<T>& weights, const T* state, T* acc) {
+    const int64_t d = shape.head_dim, stride = padded(d), rows = chunk.num_rows;
+    const int64_t acc_row = acc_stride(shape);
+    const bool with_keys = weights.pairs != nullptr && chunk.num_keys > 0;
+    if (weights.rows != nullptr) {
+      // acc = rows q state
+      weigh(packed.q, weights.rows, rows, stride, packed.weighted);
+      const auto state_depth = [&](int64_t, int64_t) { return d; };
+      Products::template multiply<false>({packed.weighted, stride, 1}, state, acc_row, rows,
+                                         value_vecs(shape), d, state_depth, T(0), acc, acc_row);
+    } else if (!with_keys) {
+      for (int64_t i = 0; i < rows * acc_row; ++i) acc[i] = 0;
+    }
+    if (!with_keys) return;
+    // p = pairs * q k^T
+    const int64_t keys = chunk.num_keys;
+    const auto score_depth = [&](int64_t row_end, int64_t column) {
+      return weights.causal && column >= row_end ? int64_t{0} : d;
+    };
+    Products::template multiply<false>({packed.q, stride, 1}, packed.k_t, kRows, rows,
+                                       (keys + kLanes - 1) / kLanes, d, score_depth, T(0), packed.p,
+                                       kRows);
+    for (int64_t i = 0; i < rows; ++i) {
+      T* p = packed.p + i * kRows;
+      const T* pairs = weights.pairs + i * kRows;
+      for (int64_t j = 0; j < kRows; ++j) p[j] = pairs[j] != 0 ? p[j] * pairs[j] : 0;
+    }
+    // acc += p v
+    const auto value_depth = [&](int64_t row_end, int64_t) {
+      return weights.causal && row_end < keys ? row_end : keys;
+    };
+    const T carry = weights.rows != nullptr ? T(1) : T(0);
+    Products::template multiply<false>({packed.p, kRows, 1}, packed.v, acc_row, rows,
+                                       value_vecs(shape), keys, value_depth, carry, acc, acc_row);
+  }
+
   static void weigh(const T* from, const T* weights, int64_t rows, int64_t stride, T* to) {
     for (int64_t i = 0; i < rows; ++i, from += stride, to += stride) {
       const V weight = V::broadcast(weights[i]);
