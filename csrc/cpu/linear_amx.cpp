@@ -11,65 +11,11 @@
 
 #include "amx_pack.h"
 #include "amx_products.h"
+#include "linear_amx_blocks.h"
 #include "linear_engine.h"
 
 namespace longctx::cpu {
 namespace {
-
-constexpr int64_t kSide = 32;  // rows and columns of a block of results
-constexpr int64_t kHalves = kLinearChunk / kSide;
-
-// Tiles of one factor of a block; strides in bytes.
-struct Tiles {
-  const char* data;
-  int64_t row = kTileRow;  // from one tile row to the next
-  int64_t second;          // to the other 16 rows (A) or columns (B) of the block
-  int64_t step;            // to the next 32 of depth
-  int64_t part;
-};
-
-// Parts of the factors of the products of kNumParts parts: neighbours share a factor, which stays
-// in its tiles. Products left out are below the rounding of the dtype.
-template <int kNumParts>
-constexpr int kOrder[6][2] = {{0, 0}};
-template <>
-constexpr int kOrder<2>[6][2] = {{1, 0}, {0, 0}, {0, 1}};
-template <>
-constexpr int kOrder<3>[6][2] = {{2, 0}, {1, 0}, {1, 1}, {0, 1}, {0, 2}, {0, 0}};
-
-// block = a b over `steps` of depth, [32][32] float.
-template <int kNumParts>
-LONGCTX_ALWAYS_INLINE inline void multiply_block(const Tiles& a, const Tiles& b, int64_t steps,
-                                                 float* block) {
-  zero_tiles();
-  for (int64_t step = 0; step < steps; ++step) {
-#pragma GCC unroll 6
-    for (int n = 0; n < kNumProducts<kNumParts>; ++n) {
-      const char* a0 = a.data + step * a.step + kOrder<kNumParts>[n][0] * a.part;
-      const char* b0 = b.data + step * b.step + kOrder<kNumParts>[n][1] * b.part;
-      const bool new_a = n == 0 || kOrder<kNumParts>[n][0] != kOrder<kNumParts>[n - 1][0];
-      const bool new_b = n == 0 || kOrder<kNumParts>[n][1] != kOrder<kNumParts>[n - 1][1];
-      if (new_b) _tile_loadd(6, b0, kTileRow);
-      if (new_a) _tile_loadd(4, a0, a.row);
-      _tile_dpbf16ps(0, 4, 6);
-      if (new_b) _tile_loadd(7, b0 + b.second, kTileRow);
-      _tile_dpbf16ps(1, 4, 7);
-      if (new_a) _tile_loadd(5, a0 + a.second, a.row);
-      _tile_dpbf16ps(2, 5, 6);
-      _tile_dpbf16ps(3, 5, 7);
-    }
-  }
-  store_scores(block);
-}
-
-// Brings rows [first, last) of a row matrix into the L2 cache.
-inline void prefetch_rows(const void* data, int64_t stride_bytes, int64_t bytes, int64_t first,
-                          int64_t last) {
-  const char* row = static_cast<const char*>(data) + first * stride_bytes;
-  for (int64_t i = first; i < last; ++i, row += stride_bytes) {
-    for (int64_t at = 0; at < bytes; at += 64) _mm_prefetch(row + at, _MM_HINT_T1);
-  }
-}
 
 template <class In>
 struct AmxLinear {
@@ -79,12 +25,17 @@ struct AmxLinear {
   static int64_t blocks(const LinearShape& shape) { return (shape.state_dim() + 31) / 32; }
   static int64_t acc_stride(const LinearShape& shape) { return blocks(shape) * kSide; }
 
+  static void end_thread() {
+    longctx::cpu::end_thread();
+    _mm_sfence();  // rows that were streamed past the caches
+  }
+
   struct Packed {
     Packed(const LinearShape& shape, void* memory)
         : q(static_cast<char*>(memory)),
           k_t(q + rows_bytes(shape)),
           weighted(k_t + rows_bytes(shape)),
-          v(weighted + rows_bytes(shape)),
+          v(weighted + 4 * kNumParts * kHalves * kTileBytes),
           p(v + kHalves * half_bytes(shape)),
           zeros(p + kLinearChunk / 16 * kNumParts * kHalves * kTileBytes) {}
     static int64_t rows_bytes(const LinearShape& shape) {
@@ -95,13 +46,14 @@ struct AmxLinear {
     }
     char* q;         // [16 rows][part][depth step] tiles
     char* k_t;       // [32 keys][part][depth step][16 keys] tiles of 16 pairs of depth x 16 keys
-    char* weighted;  // [16 of depth][part][32 keys] tiles of 16 of depth x 32 keys
+    char* weighted;  // two of [16 of depth][part][32 keys] tiles of 16 of depth x 32 keys
     char* v;         // [32 keys][part][16 columns] tiles of 16 pairs of keys x 16 columns
     char* p;         // [16 rows][part][32 keys] tiles of 16 rows x 32 keys
     char* zeros;     // a row of q
   };
   static int64_t packed_bytes(const LinearShape& shape) {
-    return 3 * Packed::rows_bytes(shape) + kHalves * Packed::half_bytes(shape) +
+    return 2 * Packed::rows_bytes(shape) + 4 * kNumParts * kHalves * kTileBytes +
+           kHalves * Packed::half_bytes(shape) +
            kLinearChunk / 16 * kNumParts * kHalves * kTileBytes + steps(shape) * 32 * sizeof(In);
   }
 
@@ -117,45 +69,17 @@ struct AmxLinear {
            (kSide * kSide * static_cast<int64_t>(sizeof(float)) + kNumParts * 2 * kTileBytes);
   }
 
-  // 32 floats as bf16 parts; x0 and x1 are used up.
-  template <class Store>
-  static void split(__m512 x0, __m512 x1, const Store& store) {
-    for (int part = 0; part < kNumParts; ++part) {
-      const __m512i pair = (__m512i)_mm512_cvtne2ps_pbh(x1, x0);
-      store(part, pair);
-      if (part + 1 == kNumParts) break;
-      x0 = rest_of(x0, _mm512_castsi512_si256(pair));
-      x1 = rest_of(x1, _mm512_extracti64x4_epi64(pair, 1));
-    }
-  }
-
-  // s = carry s + added of one block, and its tiles.
-  static void set_block(const LinearShape& shape, const State& state, int64_t step, int64_t block,
-                        float carry, const float* added) {
-    float* s = state.s + (step * blocks(shape) + block) * kSide * kSide;
-    const int64_t part_stride = 2 * blocks(shape) * kTileBytes;
-    char* tiles = state.tiles + step * kNumParts * part_stride + block * 2 * kTileBytes;
-    const __m512i interleave =
-        _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
-                         21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-    const __m512 factor = _mm512_set1_ps(carry);
-    // A carry of 0 forgets: what was there is not read.
-    const __mmask16 kept = carry == 0.0f ? 0 : 0xffff;
-    for (int pair = 0; pair < 16; ++pair) {
-      for (int half = 0; half < 2; ++half) {
-        const int64_t at = 2 * pair * kSide + half * 16;
-        const __m512 even = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(kept, s + at), factor,
-                                            _mm512_load_ps(added + at));
-        const __m512 odd = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(kept, s + at + kSide), factor,
-                                           _mm512_load_ps(added + at + kSide));
-        _mm512_store_ps(s + at, even);
-        _mm512_store_ps(s + at + kSide, odd);
-        char* row = tiles + half * kTileBytes + pair * kTileRow;
-        split(even, odd, [&](int part, __m512i words) {
-          _mm512_store_si512(row + part * part_stride, _mm512_permutexvar_epi16(interleave, words));
-        });
-      }
-    }
+  static StateBlock<kNumParts> state_block(const LinearShape& shape, const State& state,
+                                           int64_t step, int64_t block, float carry,
+                                           const float* added) {
+    StateBlock<kNumParts> result;
+    result.s = state.s + (step * blocks(shape) + block) * kSide * kSide;
+    result.part_stride = 2 * blocks(shape) * kTileBytes;
+    result.tiles = state.tiles + step * kNumParts * result.part_stride + block * 2 * kTileBytes;
+    result.added = added;
+    result.carry = carry;
+    result.pair = 0;
+    return result;
   }
 
   static void load_state(const LinearShape& shape, const float* from, void* memory) {
@@ -170,7 +94,7 @@ struct AmxLinear {
           std::memcpy(block + d * kSide, from + (step * kSide + d) * shape.state_dim() + b * kSide,
                       columns * sizeof(float));
         }
-        set_block(shape, state, step, b, 0.0f, block);
+        state_block(shape, state, step, b, 0.0f, block).finish();
       }
     }
   }
@@ -222,13 +146,32 @@ struct AmxLinear {
       const int64_t first = half * kSide;
       const int64_t count = std::min(std::max<int64_t>(chunk.num_keys - first, 0), kSide);
       if (count == 0) break;
-      for (int64_t i = 0; i < count; ++i) {
-        rows[i] = static_cast<const In*>(chunk.k) + (first + i) * chunk.k_stride;
+      char* to = packed.k_t + half * kNumParts * steps(shape) * 2 * kTileBytes;
+      const In* k = static_cast<const In*>(chunk.k) + first * chunk.k_stride;
+      if (kNumParts == 1 && count == kSide) {
+        pack_keys(shape, k, chunk.k_stride, to);
+      } else {
+        for (int64_t i = 0; i < count; ++i) rows[i] = k + i * chunk.k_stride;
+        pack_query_tiles<In>(strip, rows, static_cast<int>(count), to);
       }
-      pack_query_tiles<In>(strip, rows, static_cast<int>(count),
-                           packed.k_t + half * kNumParts * steps(shape) * 2 * kTileBytes);
       pack_values(shape, static_cast<const In*>(chunk.v) + first * chunk.v_stride, chunk.v_stride,
                   count, packed.v + half * Packed::half_bytes(shape));
+    }
+  }
+
+  // 32 whole rows of bf16: pairs of depth, key by key.
+  static void pack_keys(const LinearShape& shape, const In* k, int64_t stride, char* to) {
+    for (int64_t step = 0; step < steps(shape); ++step) {
+      const __mmask32 mask = depth_mask(shape.head_dim, step * kDepth);
+      for (int64_t half = 0; half < 2; ++half, to += kTileBytes) {
+        const In* from = k + half * 16 * stride + step * kDepth;
+        __m512i x[16];
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; ++i) x[i] = _mm512_maskz_loadu_epi16(mask, from + i * stride);
+        transpose16(x);
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; ++i) _mm512_store_si512(to + i * kTileRow, x[i]);
+      }
     }
   }
 
@@ -253,10 +196,18 @@ struct AmxLinear {
         constexpr short kOne = 0x3f80;
         parts[0] = _mm512_mask_mov_epi16(parts[0], ones, _mm512_set1_epi16(kOne));
       };
+      const bool whole = kNumParts == 1 && count == kSide && ones == 0;
+#pragma GCC unroll 4
       for (int64_t pair = 0; pair < 16; ++pair) {
         __m512i even[kNumParts], odd[kNumParts];
-        load(2 * pair, even);
-        load(2 * pair + 1, odd);
+        if (whole) {
+          const In* row = v + 2 * pair * stride + column;
+          even[0] = _mm512_maskz_loadu_epi16(columns, row);
+          odd[0] = _mm512_maskz_loadu_epi16(columns, row + stride);
+        } else {
+          load(2 * pair, even);
+          load(2 * pair + 1, odd);
+        }
         for (int part = 0; part < kNumParts; ++part) {
           const __m512i low = _mm512_unpacklo_epi16(even[part], odd[part]);
           const __m512i high = _mm512_unpackhi_epi16(even[part], odd[part]);
@@ -307,105 +258,69 @@ struct AmxLinear {
     const auto seen = [&](int64_t half) {
       return weights.causal ? std::min(key_halves, half + 1) : key_halves;
     };
+    alignas(64) float inter[2][kSide * kSide], intra[2][kSide * kSide];
+    int turn = 0;
     // p = pairs * q k^T
-    alignas(64) float inter[kSide * kSide], intra[kSide * kSide];
     const int64_t k_part = steps(shape) * 2 * kTileBytes;
+    const int64_t p_rows = 2 * kNumParts * kHalves * kTileBytes;
+    ScoreBlock<kNumParts> scores;
     finish_stores();
     for (int64_t half = 0; half < halves; ++half) {
-      for (int64_t keys = 0; keys < seen(half); ++keys) {
-        multiply_block<kNumParts>(
-            query_tiles(shape, chunk, packed, half),
-            {packed.k_t + keys * kNumParts * k_part, kTileRow, kTileBytes, 2 * kTileBytes, k_part},
-            steps(shape), intra);
-        weigh_scores(weights.pairs + half * kSide * kLinearChunk + keys * kSide, intra,
-                     packed.p + half * 2 * kNumParts * kHalves * kTileBytes + keys * kTileBytes);
+      for (int64_t keys = 0; keys < seen(half); ++keys, turn ^= 1) {
+        const Tiles k{packed.k_t + keys * kNumParts * k_part, kTileRow, kTileBytes, 2 * kTileBytes,
+                      k_part};
+        multiply_block<kNumParts>(query_tiles(shape, chunk, packed, half), k, steps(shape),
+                                  intra[turn], [&]() LONGCTX_ALWAYS_INLINE { scores.advance(); });
+        scores.finish();
+        scores = {weights.pairs + half * kSide * kLinearChunk + keys * kSide, intra[turn],
+                  packed.p + half * p_rows + keys * kTileBytes, 0};
       }
     }
+    scores.finish();
     finish_stores();
     // acc = rows q state + p v
     const bool direct = output.out != nullptr && output.more == nullptr && !shape.normalize;
     const int64_t part = 2 * blocks(shape) * kTileBytes;
+    OutputBlock<In> rows;
+    const auto between = [&]() LONGCTX_ALWAYS_INLINE { rows.advance(); };
     for (int64_t block = 0; block < blocks(shape); ++block) {
-      for (int64_t half = 0; half < halves; ++half) {
+      const Tiles s{state.tiles + block * 2 * kTileBytes, kTileRow, kTileBytes, kNumParts * part,
+                    part};
+      for (int64_t half = 0; half < halves; ++half, turn ^= 1) {
         prefetch(shape, chunk.next, true, true, false, block * halves + half,
                  blocks(shape) * halves);
         if (weights.rows != nullptr) {
-          multiply_block<kNumParts>(
-              query_tiles(shape, chunk, packed, half),
-              {state.tiles + block * 2 * kTileBytes, kTileRow, kTileBytes, kNumParts * part, part},
-              steps(shape), inter);
+          multiply_block<kNumParts>(query_tiles(shape, chunk, packed, half), s, steps(shape),
+                                    inter[turn], between);
         }
         if (seen(half) > 0) {
-          multiply_block<kNumParts>(
-              {packed.p + half * 2 * kNumParts * kHalves * kTileBytes, kTileRow,
-               kNumParts * kHalves * kTileBytes, kTileBytes, kHalves * kTileBytes},
-              value_tiles(shape, packed, block), seen(half), intra);
+          const Tiles p{packed.p + half * p_rows, kTileRow, kNumParts * kHalves * kTileBytes,
+                        kTileBytes, kHalves * kTileBytes};
+          multiply_block<kNumParts>(p, value_tiles(shape, packed, block), seen(half), intra[turn],
+                                    between);
         }
-        const float* row_weights = weights.rows != nullptr ? weights.rows + half * kSide : nullptr;
-        const float* own = seen(half) > 0 ? intra : nullptr;
+        rows.finish();
+        rows.weights = weights.rows != nullptr ? weights.rows + half * kSide : nullptr;
+        rows.inter = inter[turn];
+        rows.intra = seen(half) > 0 ? intra[turn] : nullptr;
+        rows.row = 0;
         if (direct) {
-          write_block(shape, row_weights, inter, own, half, block,
-                      std::min(chunk.num_rows - half * kSide, kSide), output);
+          rows.out =
+              static_cast<In*>(output.out) + half * kSide * output.out_stride + block * kSide;
+          rows.stride = output.out_stride;
+          rows.num_rows = std::min(chunk.num_rows - half * kSide, kSide);
+          rows.scale = output.scale;
+          rows.stream = output.stream;
+          rows.mask = depth_mask(shape.head_dim_v, block * kSide);
         } else {
-          float* to = acc + half * kSide * acc_stride(shape) + block * kSide;
-          for (int64_t i = 0; i < kSide; ++i, to += acc_stride(shape)) {
-            _mm512_store_ps(to, joined(row_weights, inter, own, i, 0));
-            _mm512_store_ps(to + 16, joined(row_weights, inter, own, i, 16));
-          }
+          rows.acc = acc + half * kSide * acc_stride(shape) + block * kSide;
+          rows.stride = acc_stride(shape);
+          rows.num_rows = kSide;
         }
       }
     }
+    rows.finish();
     if (output.out != nullptr && !direct) finish(shape, acc, chunk.num_rows, output);
-  }
-
-  // weights[row] inter + intra; a null one is zero.
-  static __m512 joined(const float* weights, const float* inter, const float* intra, int64_t row,
-                       int64_t column) {
-    const int64_t at = row * kSide + column;
-    const __m512 x = intra != nullptr ? _mm512_load_ps(intra + at) : _mm512_setzero_ps();
-    if (weights == nullptr) return x;
-    return _mm512_fmadd_ps(_mm512_set1_ps(weights[row]), _mm512_load_ps(inter + at), x);
-  }
-
-  static void write_block(const LinearShape& shape, const float* weights, const float* inter,
-                          const float* intra, int64_t half, int64_t block, int64_t rows,
-                          const LinearOutput<float>& output) {
-    const __m512 scale = _mm512_set1_ps(output.scale);
-    const __mmask32 mask = depth_mask(shape.head_dim_v, block * kSide);
-    In* out = static_cast<In*>(output.out) + half * kSide * output.out_stride + block * kSide;
-    for (int64_t i = 0; i < rows; ++i, out += output.out_stride) {
-      store_outputs(_mm512_mul_ps(joined(weights, inter, intra, i, 0), scale),
-                    _mm512_mul_ps(joined(weights, inter, intra, i, 16), scale), mask, out);
-    }
-  }
-
-  static void store_outputs(__m512 x0, __m512 x1, __mmask32 mask, In* out) {
-    if constexpr (kNumParts == 3) {
-      _mm512_mask_storeu_ps(out, static_cast<__mmask16>(mask), x0);
-      _mm512_mask_storeu_ps(out + 16, static_cast<__mmask16>(mask >> 16), x1);
-    } else if constexpr (kNumParts == 2) {
-      const __m256i low = _mm512_cvtps_ph(x0, _MM_FROUND_TO_NEAREST_INT);
-      const __m256i high = _mm512_cvtps_ph(x1, _MM_FROUND_TO_NEAREST_INT);
-      _mm512_mask_storeu_epi16(out, mask, _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1));
-    } else {
-      _mm512_mask_storeu_epi16(out, mask, (__m512i)_mm512_cvtne2ps_pbh(x1, x0));
-    }
-  }
-
-  // [32 rows][32 keys] of scores as the A operand p.
-  static void weigh_scores(const float* pairs, const float* scores, char* p) {
-    for (int64_t i = 0; i < kSide; ++i, pairs += kLinearChunk, scores += kSide) {
-      const auto weigh = [&](int64_t j) {
-        const __m512 weight = _mm512_loadu_ps(pairs + j);
-        // Where the weight is 0 a score may be anything.
-        const __mmask16 counts = _mm512_cmp_ps_mask(weight, _mm512_setzero_ps(), _CMP_NEQ_UQ);
-        return _mm512_maskz_mul_ps(counts, weight, _mm512_load_ps(scores + j));
-      };
-      char* row = p + i / 16 * kNumParts * kHalves * kTileBytes + i % 16 * kTileRow;
-      split(weigh(0), weigh(16), [&](int part, __m512i words) {
-        _mm512_store_si512(row + part * kHalves * kTileBytes, words);
-      });
-    }
   }
 
   static void update(const LinearShape& shape, const LinearChunk& chunk, void* memory,
@@ -413,50 +328,56 @@ struct AmxLinear {
     const Packed packed(shape, memory);
     const State state(shape, state_memory);
     const int64_t key_halves = (chunk.num_keys + kSide - 1) / kSide;
-    for (int64_t half = 0; half < key_halves; ++half) weigh_keys(shape, packed, half, weights.keys);
-    finish_stores();
-    alignas(64) float added[kSide * kSide];
+    alignas(64) float added[2][kSide * kSide];
+    int turn = 0;
+    StateBlock<kNumParts> sums;
     for (int64_t step = 0; step < steps(shape); ++step) {
-      for (int64_t block = 0; block < blocks(shape); ++block) {
-        multiply_block<kNumParts>(
-            {packed.weighted + step * 2 * kNumParts * kHalves * kTileBytes, kTileRow,
-             kNumParts * kHalves * kTileBytes, kTileBytes, kHalves * kTileBytes},
-            value_tiles(shape, packed, block), key_halves, added);
-        set_block(shape, state, step, block, weights.carry, added);
+      char* weighted = packed.weighted + step % 2 * 2 * kNumParts * kHalves * kTileBytes;
+      for (int64_t half = 0; half < key_halves; ++half) {
+        weigh_keys(shape, packed, half, step, weights.keys, weighted);
+      }
+      finish_stores();
+      const Tiles k{weighted, kTileRow, kNumParts * kHalves * kTileBytes, kTileBytes,
+                    kHalves * kTileBytes};
+      for (int64_t block = 0; block < blocks(shape); ++block, turn ^= 1) {
+        prefetch(shape, chunk.next, false, chunk.q == nullptr, true, step * blocks(shape) + block,
+                 steps(shape) * blocks(shape));
+        multiply_block<kNumParts>(k, value_tiles(shape, packed, block), key_halves, added[turn],
+                                  [&]() LONGCTX_ALWAYS_INLINE { sums.advance(); });
+        sums.finish();
+        sums = state_block(shape, state, step, block, weights.carry, added[turn]);
       }
     }
+    sums.finish();
   }
 
-  // Rows of (keys K)^T: the even or odd words of k^T's dwords.
-  static void weigh_keys(const LinearShape& shape, const Packed& packed, int64_t half,
-                         const float* weights) {
+  // 32 rows of (keys K)^T for 32 keys: the even or odd words of k^T's dwords.
+  static void weigh_keys(const LinearShape& shape, const Packed& packed, int64_t half, int64_t step,
+                         const float* weights, char* weighted) {
     const int64_t part_stride = steps(shape) * 2 * kTileBytes;
-    const char* k_t = packed.k_t + half * kNumParts * part_stride;
+    const char* from = packed.k_t + half * kNumParts * part_stride + step * 2 * kTileBytes;
     const __m512 weight0 = _mm512_loadu_ps(weights + half * kSide);
     const __m512 weight1 = _mm512_loadu_ps(weights + half * kSide + 16);
-    for (int64_t step = 0; step < steps(shape); ++step) {
-      for (int64_t pair = 0; pair < 16; ++pair) {
-        const char* from = k_t + step * 2 * kTileBytes + pair * kTileRow;
-        __m512 even0 = _mm512_setzero_ps(), even1 = even0, odd0 = even0, odd1 = even0;
-        for (int part = kNumParts - 1; part >= 0; --part) {
-          const __m512i words0 = _mm512_load_si512(from + part * part_stride);
-          const __m512i words1 = _mm512_load_si512(from + part * part_stride + kTileBytes);
-          even0 = _mm512_add_ps(even0, even_words(words0));
-          even1 = _mm512_add_ps(even1, even_words(words1));
-          odd0 = _mm512_add_ps(odd0, odd_words(words0));
-          odd1 = _mm512_add_ps(odd1, odd_words(words1));
-        }
-        char* to = packed.weighted + (step * 2 + pair / 8) * kNumParts * kHalves * kTileBytes +
-                   half * kTileBytes + pair % 8 * 2 * kTileRow;
-        const auto store = [&](char* row, __m512 x0, __m512 x1) {
-          split(_mm512_mul_ps(x0, weight0), _mm512_mul_ps(x1, weight1),
-                [&](int part, __m512i words) {
-                  _mm512_store_si512(row + part * kHalves * kTileBytes, words);
-                });
-        };
-        store(to, even0, even1);
-        store(to + kTileRow, odd0, odd1);
+    for (int64_t pair = 0; pair < 16; ++pair, from += kTileRow) {
+      __m512 even0 = _mm512_setzero_ps(), even1 = even0, odd0 = even0, odd1 = even0;
+      for (int part = kNumParts - 1; part >= 0; --part) {
+        const __m512i words0 = _mm512_load_si512(from + part * part_stride);
+        const __m512i words1 = _mm512_load_si512(from + part * part_stride + kTileBytes);
+        even0 = _mm512_add_ps(even0, even_words(words0));
+        even1 = _mm512_add_ps(even1, even_words(words1));
+        odd0 = _mm512_add_ps(odd0, odd_words(words0));
+        odd1 = _mm512_add_ps(odd1, odd_words(words1));
       }
+      char* to = weighted + pair / 8 * kNumParts * kHalves * kTileBytes + half * kTileBytes +
+                 pair % 8 * 2 * kTileRow;
+      const auto store = [&](char* row, __m512 x0, __m512 x1) LONGCTX_ALWAYS_INLINE {
+        split<kNumParts>(_mm512_mul_ps(x0, weight0), _mm512_mul_ps(x1, weight1),
+                         [&](int part, __m512i words) LONGCTX_ALWAYS_INLINE {
+                           _mm512_store_si512(row + part * kHalves * kTileBytes, words);
+                         });
+      };
+      store(to, even0, even1);
+      store(to + kTileRow, odd0, odd1);
     }
   }
 
@@ -479,7 +400,7 @@ struct AmxLinear {
           if (more != nullptr) x = _mm512_add_ps(x, _mm512_maskz_loadu_ps(low, more + at));
           return _mm512_mul_ps(x, _mm512_set1_ps(scale));
         };
-        store_outputs(load(c, mask), load(c + 16, mask >> 16), mask, out + c);
+        store_outputs<In>(load(c, mask), load(c + 16, mask >> 16), mask, false, out + c);
       }
     }
   }

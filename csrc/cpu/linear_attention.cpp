@@ -22,6 +22,7 @@ namespace longctx::cpu {
 namespace {
 
 constexpr int64_t kMinSegmentChunks = 16;  // below, the states of segments cost more than they save
+constexpr int64_t kStreamedBytes = 8 << 20;  // of out: more than an L2 cache keeps for its reader
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t element_size(DType dtype) {
@@ -48,6 +49,7 @@ class LinearSweep {
         state_size_(params.head_dim * params.state_dim()) {}
 
   void run() {
+    if (wants_rows()) prefer_huge_pages(params_.out.data, out_bytes());
     fill_unowned();
     make_items();
     const auto per_thread = [&] { return Thread(*this); };
@@ -207,8 +209,14 @@ class LinearSweep {
   LinearOutput<T> output_at(const Item& item, int64_t chunk, const T* more) const {
     const char* out = row_at(params_.out, item.seq.batch_index, item.head,
                              item.seq.q_begin + chunk * kLinearChunk);
-    return {const_cast<char*>(out), params_.out.seq_stride, more, static_cast<T>(params_.scale),
-            static_cast<T>(params_.eps)};
+    return {
+        const_cast<char*>(out),        params_.out.seq_stride,      more,
+        static_cast<T>(params_.scale), static_cast<T>(params_.eps), out_bytes() >= kStreamedBytes};
+  }
+  // out is contiguous.
+  int64_t out_bytes() const {
+    return params_.seqs.batch * params_.num_q_heads * params_.seqs.seqlen_q * params_.head_dim_v *
+           element_size(params_.dtype);
   }
 
   void write_final_state(const Item& item, const Thread& t) const {

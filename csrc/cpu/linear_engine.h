@@ -50,6 +50,7 @@ struct LinearOutput {
   const T* more = nullptr;  // like acc, or null
   T scale = 1;
   T eps = 0;
+  bool stream = false;  // out is larger than the caches: what is written need not stay in them
 };
 
 template <class T>

@@ -30,26 +30,32 @@ class DecayWeights {
     batch_ = batch;
     head_ = head;
     causal_ = causal;
+    filled_keys_ = -1;
     sum_chunk(0, kSize);
     if (!params.log_decay.per_token) fill_pairs(kSize);
   }
 
   // A causal chunk, or one whose rows see its own keys on both sides.
   ChunkWeights<T> forward(int64_t first_token, int64_t num_keys) {
-    if (params_->log_decay.per_token) {
+    const bool per_token = params_->log_decay.per_token;
+    if (per_token) {
       sum_chunk(first_token, num_keys);
       fill_pairs(num_keys);
     }
-    fill(rows_, [&](int64_t i) { return sums_[i]; });
-    if (num_keys == 0) return {pairs_, causal_, rows_, keys_, T(1)};
-    const double last = sums_[num_keys - 1];
-    fill(keys_, [&](int64_t j) { return j < num_keys ? last - sums_[j] : 0.0; });
-    return {pairs_, causal_, rows_, keys_, static_cast<T>(std::exp(last))};
+    if (per_token || filled_keys_ != num_keys) {
+      const double last = num_keys > 0 ? sums_[num_keys - 1] : 0.0;
+      fill(rows_, [&](int64_t i) { return sums_[i]; });
+      fill(keys_, [&](int64_t j) { return j < num_keys ? last - sums_[j] : 0.0; });
+      carry_ = static_cast<T>(std::exp(last));
+      filled_keys_ = num_keys;
+    }
+    return {pairs_, causal_, rows_, keys_, carry_};
   }
 
   // Rows of a chunk that see only the state of all keys after it.
   ChunkWeights<T> backward(int64_t first_token, int64_t num_keys) {
     if (params_->log_decay.per_token) sum_chunk(first_token, num_keys);
+    filled_keys_ = -1;
     const double last = sums_[kSize - 1];
     fill(rows_, [&](int64_t i) { return last - sums_[i]; });
     fill(keys_, [&](int64_t j) { return sums_[j]; });
@@ -58,6 +64,7 @@ class DecayWeights {
 
   // Rows `distance`, distance + 1, ... tokens after the last key.
   ChunkWeights<T> beyond(int64_t distance) {
+    filled_keys_ = -1;
     fill(rows_, [&](int64_t i) { return sums_[0] * static_cast<double>(distance + i); });
     return {nullptr, false, rows_, nullptr, T(1)};
   }
@@ -115,6 +122,8 @@ class DecayWeights {
   int64_t batch_ = 0;
   int64_t head_ = 0;
   bool causal_ = true;
+  int64_t filled_keys_ = -1;  // rows_, keys_ and carry_ are those of a chunk of so many keys
+  T carry_ = 1;
   T* pairs_;             // [kSize][kSize]
   T* rows_;              // [kSize]
   T* keys_;              // [kSize]
