@@ -50,6 +50,10 @@ class LinearSweep {
 
   void run() {
     if (wants_rows()) prefer_huge_pages(params_.out.data, out_bytes());
+    if (params_.chunk_states != nullptr) {
+      prefer_huge_pages(params_.chunk_states, params_.seqs.batch * params_.num_q_heads *
+                                                  params_.num_chunks * state_size_ * sizeof(T));
+    }
     fill_unowned();
     make_items();
     const auto per_thread = [&] { return Thread(*this); };
