@@ -148,7 +148,7 @@ struct AmxLinear {
       if (count == 0) break;
       char* to = packed.k_t + half * kNumParts * steps(shape) * 2 * kTileBytes;
       const In* k = static_cast<const In*>(chunk.k) + first * chunk.k_stride;
-      if (kNumParts == 1 && count == kSide) {
+      if (count == kSide) {
         pack_keys(shape, k, chunk.k_stride, to);
       } else {
         for (int64_t i = 0; i < count; ++i) rows[i] = k + i * chunk.k_stride;
@@ -159,18 +159,28 @@ struct AmxLinear {
     }
   }
 
-  // 32 whole rows of bf16: pairs of depth, key by key.
+  // 32 whole rows: pairs of depth, key by key.
   static void pack_keys(const LinearShape& shape, const In* k, int64_t stride, char* to) {
+    const int64_t part_stride = steps(shape) * 2 * kTileBytes;
     for (int64_t step = 0; step < steps(shape); ++step) {
       const __mmask32 mask = depth_mask(shape.head_dim, step * kDepth);
       for (int64_t half = 0; half < 2; ++half, to += kTileBytes) {
         const In* from = k + half * 16 * stride + step * kDepth;
-        __m512i x[16];
+        __m512i x[kNumParts][16];
 #pragma GCC unroll 16
-        for (int i = 0; i < 16; ++i) x[i] = _mm512_maskz_loadu_epi16(mask, from + i * stride);
-        transpose16(x);
+        for (int i = 0; i < 16; ++i) {
+          __m512i parts[kNumParts];
+          load_parts<In>(from + i * stride, mask, parts);
+          for (int part = 0; part < kNumParts; ++part) x[part][i] = parts[part];
+        }
+#pragma GCC unroll 3
+        for (int part = 0; part < kNumParts; ++part) {
+          transpose16(x[part]);
 #pragma GCC unroll 16
-        for (int i = 0; i < 16; ++i) _mm512_store_si512(to + i * kTileRow, x[i]);
+          for (int i = 0; i < 16; ++i) {
+            _mm512_store_si512(to + part * part_stride + i * kTileRow, x[part][i]);
+          }
+        }
       }
     }
   }
@@ -196,14 +206,14 @@ struct AmxLinear {
         constexpr short kOne = 0x3f80;
         parts[0] = _mm512_mask_mov_epi16(parts[0], ones, _mm512_set1_epi16(kOne));
       };
-      const bool whole = kNumParts == 1 && count == kSide && ones == 0;
+      const bool whole = count == kSide && ones == 0;
 #pragma GCC unroll 4
       for (int64_t pair = 0; pair < 16; ++pair) {
         __m512i even[kNumParts], odd[kNumParts];
         if (whole) {
           const In* row = v + 2 * pair * stride + column;
-          even[0] = _mm512_maskz_loadu_epi16(columns, row);
-          odd[0] = _mm512_maskz_loadu_epi16(columns, row + stride);
+          load_parts<In>(row, columns, even);
+          load_parts<In>(row + stride, columns, odd);
         } else {
           load(2 * pair, even);
           load(2 * pair + 1, odd);

@@ -76,20 +76,27 @@ LONGCTX_ALWAYS_INLINE inline void split(__m512 x0, __m512 x1, const Store& store
   }
 }
 
-// 32 columns of a row of out; `stream` goes past the caches where the row is a cache line.
+// 32 columns of a row of out; `stream` goes past the caches where they fill
+// cache lines.
 template <class In>
 LONGCTX_ALWAYS_INLINE inline void store_outputs(__m512 x0, __m512 x1, __mmask32 mask, bool stream,
                                                 In* out) {
+  stream = stream && mask == ~__mmask32{0} && reinterpret_cast<uintptr_t>(out) % 64 == 0;
   if constexpr (kParts<In> == 3) {
-    _mm512_mask_storeu_ps(out, static_cast<__mmask16>(mask), x0);
-    _mm512_mask_storeu_ps(out + 16, static_cast<__mmask16>(mask >> 16), x1);
+    if (stream) {
+      _mm512_stream_ps(out, x0);
+      _mm512_stream_ps(out + 16, x1);
+    } else {
+      _mm512_mask_storeu_ps(out, static_cast<__mmask16>(mask), x0);
+      _mm512_mask_storeu_ps(out + 16, static_cast<__mmask16>(mask >> 16), x1);
+    }
   } else if constexpr (kParts<In> == 2) {
     const __m256i low = _mm512_cvtps_ph(x0, _MM_FROUND_TO_NEAREST_INT);
     const __m256i high = _mm512_cvtps_ph(x1, _MM_FROUND_TO_NEAREST_INT);
     _mm512_mask_storeu_epi16(out, mask, _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1));
   } else {
     const __m512i row = (__m512i)_mm512_cvtne2ps_pbh(x1, x0);
-    if (stream && mask == ~__mmask32{0} && reinterpret_cast<uintptr_t>(out) % 64 == 0) {
+    if (stream) {
       _mm512_stream_si512(reinterpret_cast<__m512i*>(out), row);
     } else {
       _mm512_mask_storeu_epi16(out, mask, row);
