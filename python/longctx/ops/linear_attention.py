@@ -41,8 +41,7 @@ def linear_attention(
             `h` reads kv head `h // (num_q_heads // num_kv_heads)`. `causal` needs `seqlen_k == seqlen_q`.
         v: `[batch, num_kv_heads, seqlen_k, head_dim_v]`.
         log_decay: float32 (or float64 beside float64) `[num_q_heads]` or `[batch, num_q_heads, seqlen]`,
-            `<= 0` (larger values count as 0). `-inf` is memoryless; `None` is no decay. See
-            `longctx.linear` for the decays of published models.
+            `<= 0` (larger values count as 0). `-inf` is memoryless; `None` is no decay.
         scale: factor on the output.
         causal: row `i` sees keys up to `i`.
         normalize: divide by the sum of weights.
