@@ -8,6 +8,9 @@
 #include "ops/attention_mass.h"
 #include "ops/block_scores.h"
 #include "ops/block_sparse_attention.h"
+#include "ops/linear_attention.h"
+#include "ops/linear_attention_decode.h"
+#include "ops/linear_attention_states.h"
 #include "ops/merge_states.h"
 #include "ops/select_blocks.h"
 
@@ -70,6 +73,10 @@ STABLE_TORCH_LIBRARY_IMPL(longctx, CPU, m) {
   m.impl("block_scores", TORCH_BOX(&block_scores<run_block_scores_cpu>));
   m.impl("block_sparse_attention",
          TORCH_BOX(&block_sparse_attention<run_block_sparse_attention_cpu>));
+  m.impl("linear_attention", TORCH_BOX(&linear_attention<run_linear_attention_cpu>));
+  m.impl("linear_attention_decode",
+         TORCH_BOX(&linear_attention_decode<run_linear_attention_decode_cpu>));
+  m.impl("linear_attention_states", TORCH_BOX(&linear_attention_states<run_linear_attention_cpu>));
   m.impl("merge_states", TORCH_BOX(&merge_states<run_merge_states_cpu>));
   m.impl("select_blocks", TORCH_BOX(&select_blocks<run_select_blocks_cpu>));
 }

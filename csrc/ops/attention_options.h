@@ -95,6 +95,24 @@ inline SequenceParams sequences(const Checker& check, const char* name, const Te
   return seqs;
 }
 
+// q and k share their offsets.
+inline SequenceParams sequences(const Checker& check, const char* name, const Tensor& first,
+                                const OptionalTensor& cu_seqlens) {
+  SequenceParams seqs;
+  seqs.batch = seqs.num_seqs = first.size(0);
+  if (!cu_seqlens) return seqs;
+  check.require(first.size(0) == 1, name, "have batch 1 when sequences are packed",
+                to_text(first.sizes()));
+  check.same_device("cu_seqlens", *cu_seqlens, first);
+  check.dtype("cu_seqlens", *cu_seqlens, ScalarType::Int);
+  check.shape("cu_seqlens", *cu_seqlens, "[num_seqs + 1]", {kAnySize});
+  check.require(cu_seqlens->size(0) > 0, "cu_seqlens", "hold at least one offset", "none");
+  check.contiguous("cu_seqlens", *cu_seqlens);
+  seqs.num_seqs = cu_seqlens->size(0) - 1;
+  seqs.cu_seqlens_q = seqs.cu_seqlens_k = data_or_null(cu_seqlens);
+  return seqs;
+}
+
 inline SequenceParams sequences(const Checker& check, const Tensor& q, const Tensor& k,
                                 const OptionalTensor& cu_seqlens_q,
                                 const OptionalTensor& cu_seqlens_k,

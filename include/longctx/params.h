@@ -158,4 +158,63 @@ struct SelectBlocksParams {
   int64_t capacity = 0;              // batch * heads * num_q_blocks * max_blocks_per_row
 };
 
+// Log decays, <= 0, of linear attention: [num_q_heads], or per_token [batch, num_q_heads, seqlen].
+struct LogDecay {
+  const void* data = nullptr;  // contiguous; null: no decay
+  bool is_double = false;      // else float
+  bool per_token = false;
+};
+
+// State S_t = exp(log_decay) S_{t-1} + k_t v_t^T of every (sequence, query head), float (double for
+// float64). With `normalize` v has one more column, of ones: state_dim is head_dim_v + 1.
+struct LinearAttentionParams {
+  DType dtype = DType::kFloat32;
+  SequenceParams seqs;  // packed: the same offsets for q and k
+  TensorView q;         // [batch, num_q_heads, seqlen_q, head_dim]; null data: states only
+  TensorView k;         // [batch, num_kv_heads, seqlen_k, head_dim]
+  TensorView v;         // [batch, num_kv_heads, seqlen_k, head_dim_v]
+  TensorView out;       // [batch, num_q_heads, seqlen_q, head_dim_v]; null data: states only
+  LogDecay log_decay;
+  const void* initial_state = nullptr;  // [num_seqs, num_q_heads, head_dim, state_dim]; null: zero
+  void* final_state = nullptr;          // like initial_state; null: not wanted
+  // [batch, num_q_heads, num_chunks, head_dim, state_dim]: the state after every chunk, or null.
+  // Packed: a sequence owns the next ceil(length / kLinearChunk) chunks; the rest is zero.
+  void* chunk_states = nullptr;
+  int64_t num_chunks = 0;
+  int64_t num_q_heads = 0;
+  int64_t num_kv_heads = 0;
+  int64_t head_dim = 0;
+  int64_t head_dim_v = 0;
+  bool causal = true;  // else every row sees every key, with weight exp(log_decay |i - j|)
+  bool normalize = false;
+  double scale = 1.0;
+  double eps = 1e-6;
+  int64_t num_segments = 0;  // per sequence, causal only; 0: chosen from shape and thread count
+  int64_t state_dim() const { return head_dim_v + (normalize ? 1 : 0); }
+};
+
+// A few tokens at a time on a pool of states that is updated in place.
+struct LinearAttentionDecodeParams {
+  DType dtype = DType::kFloat32;
+  TensorView q;                            // [batch, num_q_heads, num_tokens, head_dim]
+  TensorView k;                            // [batch, num_kv_heads, num_tokens, head_dim]
+  TensorView v;                            // [batch, num_kv_heads, num_tokens, head_dim_v]
+  TensorView out;                          // [batch, num_q_heads, num_tokens, head_dim_v]
+  LogDecay log_decay;                      // per_token: [batch, num_q_heads, num_tokens]
+  TensorView state;                        // [num_slots, num_q_heads, head_dim, state_dim]
+  const int32_t* state_indices = nullptr;  // [batch]; outside [0, num_slots): skipped; null: b
+  const int32_t* commit = nullptr;         // [batch]: tokens that the state keeps; null: all
+  int64_t batch = 0;
+  int64_t num_slots = 0;
+  int64_t num_tokens = 0;
+  int64_t num_q_heads = 0;
+  int64_t num_kv_heads = 0;
+  int64_t head_dim = 0;
+  int64_t head_dim_v = 0;
+  bool normalize = false;
+  double scale = 1.0;
+  double eps = 1e-6;
+  int64_t state_dim() const { return head_dim_v + (normalize ? 1 : 0); }
+};
+
 }  // namespace longctx

@@ -248,6 +248,80 @@ def _attention_mass(length: int, dtype: torch.dtype) -> Contenders:
     return Contenders(run, 2.0 * 8 * 128 * BLOCK * length, k.nbytes)
 
 
+def chunked_linear_attention(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, chunk: int = 128
+) -> Callable[[], tuple[Tensor, Tensor]]:
+    """Linear attention by matmuls, `chunk` tokens at a time: the best of PyTorch on a CPU (measured for 64 to 256).
+
+    What depends on the decays alone is made before.
+    """
+    position = torch.arange(chunk, dtype=torch.float64)
+    decay = log_decay.double()[:, None]
+    distance = position[:, None] - position
+    pairs = torch.exp(decay[..., None] * distance.clamp(min=0.0)).masked_fill(distance < 0, 0.0).to(q.dtype)
+    rows = torch.exp(decay * (position + 1)).to(q.dtype)[..., None]
+    keys = torch.exp(decay * (chunk - 1 - position)).to(q.dtype)[..., None]
+    carry = torch.exp(decay * chunk).float()[..., None]
+
+    def run() -> tuple[Tensor, Tensor]:
+        state = torch.zeros(*q.shape[:2], q.shape[3], v.shape[3])
+        out = torch.empty_like(v)
+        for begin in range(0, q.shape[2], chunk):
+            q_rows, k_rows, v_rows = (x[:, :, begin : begin + chunk] for x in (q, k, v))
+            within = ((q_rows @ k_rows.transpose(2, 3)) * pairs) @ v_rows
+            out[:, :, begin : begin + chunk] = within + (q_rows * rows) @ state.to(q.dtype)
+            state = carry * state + ((k_rows * keys).transpose(2, 3) @ v_rows).float()
+        return out, state
+
+    return run
+
+
+def _linear(length: int, dtype: torch.dtype) -> Contenders:
+    q, k, v = _qkv(length, dtype, 8, 8, 128)
+    k = 0.1 * 128**-0.5 * k  # outputs near 1: they are compared by absolute error
+    log_decay = -(2.0 ** -torch.arange(1.0, 9.0))
+    run: dict[str, Callable[[], object]] = {
+        "longctx": lambda: longctx.linear_attention(q, k, v, log_decay),
+        "torch chunks": chunked_linear_attention(q, k, v, log_decay),
+        "sdpa": functools.partial(scaled_dot_product_attention, q, k, v, is_causal=True),
+    }
+    twin = functools.partial(reference.linear_attention, q, k, v, log_decay)
+    return Contenders(run, 8.0 * length * 128 * (2 * 64 + 4 * 128), 4.0 * q.nbytes, exact=twin)
+
+
+def _linear_states(length: int, dtype: torch.dtype) -> Contenders:
+    _, k, v = _qkv(length, dtype, 8, 8, 128)
+
+    def torch_states() -> Tensor:
+        chunks = k.unflatten(2, (-1, 64)).transpose(3, 4) @ v.unflatten(2, (-1, 64))
+        return torch.cumsum(chunks.float(), dim=2)
+
+    run: dict[str, Callable[[], object]] = {
+        "longctx": lambda: longctx.linear_attention_states(k, v),
+        "torch": torch_states,
+    }
+    twin = functools.partial(reference.linear_attention_states, k, v)
+    return Contenders(run, 8.0 * length * 2 * 128 * 128, 2.0 * k.nbytes + length / 64 * 8 * 65536, exact=twin)
+
+
+def _linear_decode(length: int, dtype: torch.dtype) -> Contenders:
+    """One token of one sequence with 64 heads; a state has no length."""
+    q, k, v = _qkv(1, dtype, 64, 64, 128)
+    log_decay = torch.linspace(-1.0, 0.0, 64)
+    state, torch_state = torch.zeros(2, 1, 64, 128, 128).unbind(0)
+    decay = log_decay.exp()[:, None, None]
+
+    def torch_decode() -> Tensor:
+        torch_state.mul_(decay).add_(k.float().transpose(2, 3) @ v.float())
+        return (q.float() @ torch_state).to(dtype)
+
+    run: dict[str, Callable[[], object]] = {
+        "longctx": lambda: longctx.linear_attention_decode(q, k, v, log_decay, state),
+        "torch": torch_decode,
+    }
+    return Contenders(run, 64 * 5.0 * 128 * 128, 2.0 * state.nbytes)
+
+
 def _partial(make: Callable[..., Contenders], **options: object) -> Callable[..., Contenders]:
     return functools.partial(make, **options)
 
@@ -304,4 +378,9 @@ CASES = [
     ),
     Case("top 10%, 8 heads", "select_blocks", 65536, FP32, _select_blocks),
     Case("last 128 queries by key, GQA 8/2, D=128", "attention_mass", 32768, BF16, _attention_mass),
+    Case("8 heads, D=128", "linear_attention", 16384, BF16, _linear, {"torch chunks": (6.0, 14.0)}),
+    Case("8 heads, D=128", "linear_attention", 16384, FP32, _linear, {"torch chunks": (2.5, 4.5)}),
+    Case("8 heads, D=128", "linear_attention_states", 16384, BF16, _linear_states),
+    Case("64 heads, D=128", "linear_attention_decode", 1, BF16, _linear_decode, {"torch": (3.0, 8.0)}),
+    Case("64 heads, D=128", "linear_attention_decode", 1, FP32, _linear_decode, {"torch": (3.0, 8.0)}),
 ]

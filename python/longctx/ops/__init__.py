@@ -8,6 +8,10 @@ from longctx.ops.attention import attention  # noqa: E402
 from longctx.ops.attention_mass import attention_mass  # noqa: E402
 from longctx.ops.block_scores import block_scores  # noqa: E402
 from longctx.ops.block_sparse_attention import block_sparse_attention  # noqa: E402
+from longctx.ops.linear_attention import CHUNK_SIZE as LINEAR_CHUNK_SIZE  # noqa: E402, F401
+from longctx.ops.linear_attention import linear_attention  # noqa: E402
+from longctx.ops.linear_attention_decode import linear_attention_decode  # noqa: E402
+from longctx.ops.linear_attention_states import linear_attention_states  # noqa: E402
 from longctx.ops.merge_states import merge_states  # noqa: E402
 from longctx.ops.select_blocks import select_blocks  # noqa: E402
 
@@ -16,6 +20,9 @@ __all__ = [
     "attention_mass",
     "block_scores",
     "block_sparse_attention",
+    "linear_attention",
+    "linear_attention_decode",
+    "linear_attention_states",
     "merge_states",
     "select_blocks",
 ]

@@ -8,10 +8,12 @@ from typing import Any
 import torch
 
 
-def register_op(name: str, fake: Callable[..., Any]) -> None:
+def register_op(name: str, fake: Callable[..., Any], *, differentiable: bool = True) -> None:
     """Registers the fake kernel of `longctx::<name>` and a backward that raises.
 
-    Without a registered backward, autograd would return silently wrong gradients.
+    Without a registered backward, autograd would return silently wrong gradients. torch takes none for
+    an op that changes an argument: such an op is not `differentiable`, and its function refuses inputs
+    that require a gradient.
     """
     qualified = f"longctx::{name}"
     arguments = [argument.name for argument in getattr(torch.ops.longctx, name).default._schema.arguments]
@@ -24,7 +26,8 @@ def register_op(name: str, fake: Callable[..., Any]) -> None:
         raise NotImplementedError(f"{qualified} has no backward yet; call it under torch.no_grad()")
 
     torch.library.register_fake(qualified, checked_fake)
-    torch.library.register_autograd(qualified, backward)
+    if differentiable:
+        torch.library.register_autograd(qualified, backward)
 
 
 def _require_one_device(qualified: str, arguments: dict[str, Any]) -> None:

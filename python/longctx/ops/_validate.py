@@ -32,6 +32,31 @@ def segments(op: str, argument: str, segment_offsets: Tensor | None, seqlen_k: i
     _require(low >= 0 and high <= seqlen_k, op, argument, f"be in [0, {seqlen_k}]", f"[{low}, {high}]")
 
 
+def decays(op: str, argument: str, log_decay: Tensor | None) -> None:
+    """`log_decay` is never positive and never NaN."""
+    if log_decay is None or log_decay.numel() == 0:
+        return
+    _require((log_decay <= 0).all(), op, argument, "be <= 0", f"a maximum of {float(log_decay.max())}")
+
+
+def slots(op: str, argument: str, state_indices: Tensor | None, num_slots: int) -> None:
+    """`state_indices` are -1 or in [0, num_slots), and no slot is named twice."""
+    if state_indices is None or state_indices.numel() == 0:
+        return
+    low, high = (int(x) for x in torch.aminmax(state_indices))
+    _require(low >= -1 and high < num_slots, op, argument, f"be -1 or in [0, {num_slots})", f"[{low}, {high}]")
+    named = state_indices[state_indices >= 0]
+    _require(named.unique().numel() == named.numel(), op, argument, "name no slot twice", str(named.tolist()))
+
+
+def counts(op: str, argument: str, commit: Tensor | None, num_tokens: int) -> None:
+    """`commit` is within [0, num_tokens]."""
+    if commit is None or commit.numel() == 0:
+        return
+    low, high = (int(x) for x in torch.aminmax(commit))
+    _require(low >= 0 and high <= num_tokens, op, argument, f"be in [0, {num_tokens}]", f"[{low}, {high}]")
+
+
 def lengths(op: str, argument: str, seqused_k: Tensor | None, seqlen_k: int) -> None:
     """`seqused_k` is within [0, seqlen_k]."""
     if seqused_k is None or seqused_k.numel() == 0:

@@ -1,0 +1,113 @@
+"""linear_attention: attention without softmax, as a state that every token updates."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from longctx.ops import _validate
+from longctx.ops._register import register_op
+
+CHUNK_SIZE = 64  # tokens of a chunk on every backend: splits on its multiples resume bitwise
+
+
+def linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None = None,
+    *,
+    scale: float = 1.0,
+    causal: bool = True,
+    normalize: bool = False,
+    eps: float = 1e-6,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    num_segments: int = 0,
+    validate: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Linear attention with a scalar decay per head, or per head and token.
+
+    `S_t = exp(log_decay_t) * S_{t-1} + k_t v_t^T` and `out_t = scale * q_t^T S_t`: token `t` itself has
+    weight 1. With `normalize`, `z_t = exp(log_decay_t) * z_{t-1} + k_t` and
+    `out_t = scale * q_t^T S_t / (q_t . z_t + eps)`. With `causal=False` every row sees every key, key `j`
+    in row `i` with weight `exp(log_decay * |i - j|)` (positions count from 0 on both sides; the initial
+    state stands before position 0).
+
+    Args:
+        q: `[batch, num_q_heads, seqlen_q, head_dim]`, float32, float64 (CPU), bfloat16 or float16. Any
+            strides with a contiguous last dim. The same holds for k and v.
+        k: `[batch, num_kv_heads, seqlen_k, head_dim]`; `num_q_heads % num_kv_heads == 0`, query head
+            `h` reads kv head `h // (num_q_heads // num_kv_heads)`. `causal` needs `seqlen_k == seqlen_q`.
+        v: `[batch, num_kv_heads, seqlen_k, head_dim_v]`.
+        log_decay: float32 (or float64 beside float64) `[num_q_heads]` or `[batch, num_q_heads, seqlen]`,
+            `<= 0` (larger values count as 0). `-inf` is memoryless; `None` is no decay.
+        scale: factor on the output.
+        causal: row `i` sees keys up to `i`.
+        normalize: divide by the sum of weights.
+        eps: added to that sum; not negative.
+        initial_state: float32 (float64 for float64) `[num_seqs, num_q_heads, head_dim, head_dim_v]`, or
+            `[.., head_dim_v + 1]` with `normalize`, whose last column is `z`; `None` is zero.
+        cu_seqlens: int32 `[num_seqs + 1]`: sequences packed along the seqlen axis (`batch == 1`); empty
+            sequences are legal.
+        num_segments: causal only: sequences are cut into so many segments that run in parallel. 1 is one
+            sweep; splitting a sequence on multiples of 64 tokens and passing the state on then gives the
+            same bits as one call. 0 lets shape and thread count choose, which agrees to rounding.
+        validate: also check the values of log_decay and cu_seqlens (reads them).
+
+    Returns:
+        `out [batch, num_q_heads, seqlen_q, head_dim_v]` in q's dtype, and the state after the last key,
+        like `initial_state`: pass it on to continue, or to `linear_attention_decode`.
+
+    Raises:
+        ValueError: an argument is wrong; the message names the op, argument, rule and what was given.
+
+    Cost: per token and head `64 * (head_dim + head_dim_v) + 4 * head_dim * head_dim_v` FLOPs; each input is
+    read once, no state is kept per chunk. More than one segment adds the states of all but the last. All
+    exponents are sums of log decays, so nothing overflows. Deterministic for a fixed thread count.
+    Gradients: none yet (raises NotImplementedError).
+    Source: Qin et al., "Lightning Attention-2" (arXiv 2401.04658); Katharopoulos et al., "Transformers are
+    RNNs" (arXiv 2006.16236); a decay per token: Dao and Gu, "Mamba-2" (arXiv 2405.21060).
+
+    Example:
+        >>> import torch, longctx
+        >>> q, k, v = (torch.randn(1, 4, 256, 32) for _ in range(3))
+        >>> log_decay = -torch.tensor([0.5, 0.25, 0.1, 0.0])
+        >>> out, state = longctx.linear_attention(q, k, v, log_decay)
+        >>> first, state_64 = longctx.linear_attention(*(x[:, :, :64] for x in (q, k, v)), log_decay)
+        >>> rest, _ = longctx.linear_attention(*(x[:, :, 64:] for x in (q, k, v)), log_decay, initial_state=state_64)
+        >>> torch.allclose(torch.cat([first, rest], dim=2), out, atol=1e-4), state.shape
+        (True, torch.Size([1, 4, 32, 32]))
+    """
+    if validate:
+        _validate.decays("linear_attention", "log_decay", log_decay)
+        _validate.offsets("linear_attention", "cu_seqlens", cu_seqlens, k.shape[2])
+    result: tuple[Tensor, Tensor] = torch.ops.longctx.linear_attention(
+        q, k, v, log_decay, initial_state, cu_seqlens, scale, causal, normalize, eps, num_segments
+    )
+    return result
+
+
+def state_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the states of inputs in `dtype`."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _fake(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    scale: float = 1.0,
+    causal: bool = True,
+    normalize: bool = False,
+    *options: object,
+) -> tuple[Tensor, Tensor]:
+    num_seqs = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    state = (num_seqs, q.shape[1], q.shape[3], v.shape[3] + normalize)
+    return q.new_empty((*q.shape[:3], v.shape[3])), q.new_empty(state, dtype=state_dtype(q.dtype))
+
+
+register_op("linear_attention", _fake)
