@@ -10,11 +10,12 @@ import pytest
 import torch
 
 import longctx
-from longctx import ops, prefill
+from longctx import linear, ops, prefill
 
 README = Path(__file__).parent.parent / "README.md"
 PUBLIC = {
     **{f"ops.{name}": getattr(ops, name) for name in ops.__all__},
+    **{f"linear.{name}": getattr(linear, name) for name in linear.__all__},
     **{f"prefill.{name}": getattr(prefill, name) for name in prefill.__all__},
     "info": longctx.info,
 }

@@ -1,0 +1,17 @@
+"""Layers of linear attention models, one concept a file."""
+
+from __future__ import annotations
+
+from longctx.linear.decay import (
+    minimax_log_decay,
+    retnet_log_decay,
+    transnormer_code_log_decay,
+    transnormer_paper_log_decay,
+)
+
+__all__ = [
+    "minimax_log_decay",
+    "retnet_log_decay",
+    "transnormer_code_log_decay",
+    "transnormer_paper_log_decay",
+]
