@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from cases import DTYPES, randn
 from longctx import linear
+from longctx.linear import SimpleRMSNorm
 
 HIDDEN = 48
 
@@ -93,3 +95,19 @@ def test_every_decay_is_legal(name: str) -> None:
         for layer_idx in (-1, 4):
             with pytest.raises(ValueError, match=re.escape("`layer_idx` must be in [0, num_layers) = [0, 4); got")):
                 build(8, layer_idx, 4)
+
+
+# ---- norm, gated unit, positions
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_simple_rms_norm(dtype: torch.dtype) -> None:
+    x = randn(3, 5, 40, dtype=dtype, seed=0) * 30
+    out, wide = SimpleRMSNorm()(x), x.double()
+    exact = wide / (wide.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt()
+    assert out.dtype == dtype
+    torch.testing.assert_close(out, exact.to(dtype))
+    # Squares of float16 that overflow float16.
+    torch.testing.assert_close(SimpleRMSNorm()(torch.full((4,), 1000.0, dtype=dtype)), torch.ones(4, dtype=dtype))
+    assert not SimpleRMSNorm()(torch.zeros(4, dtype=dtype)).any()
+    assert not list(SimpleRMSNorm().parameters())

@@ -8,8 +8,10 @@ from longctx.linear.decay import (
     transnormer_code_log_decay,
     transnormer_paper_log_decay,
 )
+from longctx.linear.norm import SimpleRMSNorm
 
 __all__ = [
+    "SimpleRMSNorm",
     "minimax_log_decay",
     "retnet_log_decay",
     "transnormer_code_log_decay",
