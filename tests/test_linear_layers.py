@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from cases import DTYPES, randn
 from longctx import linear
-from longctx.linear import SimpleRMSNorm
+from longctx.linear import SGLU, SimpleRMSNorm
 
 HIDDEN = 48
 
@@ -111,3 +112,15 @@ def test_simple_rms_norm(dtype: torch.dtype) -> None:
     torch.testing.assert_close(SimpleRMSNorm()(torch.full((4,), 1000.0, dtype=dtype)), torch.ones(4, dtype=dtype))
     assert not SimpleRMSNorm()(torch.zeros(4, dtype=dtype)).any()
     assert not list(SimpleRMSNorm().parameters())
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_sglu(bias: bool) -> None:
+    torch.manual_seed(0)
+    glu, x = SGLU(16, 40, bias=bias).double(), randn(2, 3, 16, dtype=torch.float64, seed=1)
+
+    def affine(layer: nn.Linear, x: Tensor) -> Tensor:
+        return x @ layer.weight.T + (layer.bias if bias else 0)
+
+    torch.testing.assert_close(glu(x), affine(glu.down_proj, affine(glu.gate_proj, x) * affine(glu.up_proj, x)))
+    assert torch.autograd.gradcheck(glu, (x.requires_grad_(),))

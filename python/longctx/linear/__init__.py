@@ -8,9 +8,11 @@ from longctx.linear.decay import (
     transnormer_code_log_decay,
     transnormer_paper_log_decay,
 )
+from longctx.linear.glu import SGLU
 from longctx.linear.norm import SimpleRMSNorm
 
 __all__ = [
+    "SGLU",
     "SimpleRMSNorm",
     "minimax_log_decay",
     "retnet_log_decay",
