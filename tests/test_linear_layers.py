@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any
 
@@ -10,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from cases import DTYPES, randn
+from checks import assert_same_bits
 from longctx import linear
-from longctx.linear import SGLU, SimpleRMSNorm
+from longctx.linear import LRPE, SGLU, SimpleRMSNorm
 
 HIDDEN = 48
 
@@ -124,3 +126,63 @@ def test_sglu(bias: bool) -> None:
 
     torch.testing.assert_close(glu(x), affine(glu.down_proj, affine(glu.gate_proj, x) * affine(glu.up_proj, x)))
     assert torch.autograd.gradcheck(glu, (x.requires_grad_(),))
+
+
+def test_lrpe_by_hand() -> None:
+    lrpe, x = LRPE(num_heads=2, head_dim=3), randn(1, 2, 4, 3, seed=0)
+    out = lrpe(x, torch.arange(5, 9))
+    for head in range(2):
+        for t in range(4):
+            for i in range(3):
+                angle = 10000.0 ** (-2 * (3 * head + i) / 6) * (5 + t)
+                pair = (out[0, head, t, i].item(), out[0, head, t, 3 + i].item())
+                value = x[0, head, t, i].item()
+                assert pair == pytest.approx((value * math.cos(angle), value * math.sin(angle)), abs=1e-5)
+
+
+@pytest.mark.parametrize("base", [0, 2**20])
+def test_lrpe_knows_differences_alone(base: int) -> None:
+    """Query heads share the angles of their key head; a million tokens on, scores are the same."""
+    lrpe = LRPE(num_heads=2, head_dim=16)
+    q, k = randn(1, 6, 9, 16, seed=0), randn(1, 2, 9, 16, seed=1)
+    positions = torch.arange(9)
+    difference = (positions[:, None] - positions).double()
+    expected = sum_of_cosines(q, k.repeat_interleave(3, dim=1), lrpe.theta.repeat_interleave(3, dim=0), difference)
+    rotated_q, rotated_k = lrpe(q, positions + base), lrpe(k, positions + base)
+    scores = rotated_q @ rotated_k.repeat_interleave(3, dim=1).transpose(2, 3)
+    torch.testing.assert_close(scores, expected.float(), rtol=0, atol=1e-5)
+
+
+def sum_of_cosines(q: Tensor, k: Tensor, theta: Tensor, difference: Tensor) -> Tensor:
+    cosines = torch.cos(theta.double()[:, :, None] * difference[..., None])  # [heads, seqlen, seqlen, head_dim]
+    return torch.einsum("bhsd,bhtd,hstd->bhst", q.double(), k.double(), cosines)
+
+
+def test_lrpe_positions_of_each_sequence() -> None:
+    lrpe, x = LRPE(num_heads=2, head_dim=4), randn(2, 2, 3, 4, seed=0)
+    positions = torch.tensor([[0, 1, 2], [7, 8, 9]])
+    expected = torch.cat([lrpe(x[b : b + 1], positions[b]) for b in range(2)])
+    assert_same_bits(lrpe(x, positions), expected)
+
+
+def test_lrpe_gradients() -> None:
+    lrpe, x = LRPE(num_heads=2, head_dim=3).double(), randn(1, 4, 5, 3, dtype=torch.float64, seed=0)
+    theta = lrpe.theta.detach().clone().requires_grad_()
+    call = lambda x, theta: torch.func.functional_call(lrpe, {"theta": theta}, (x, torch.arange(5)))  # noqa: E731
+    assert torch.autograd.gradcheck(call, (x.requires_grad_(), theta))
+
+
+@pytest.mark.parametrize(
+    ("shape", "positions", "message"),
+    [
+        ((2, 3, 5, 4), torch.arange(5), "`x` must have shape"),
+        ((2, 2, 5, 8), torch.arange(5), "`x` must have shape"),
+        ((2, 5, 4), torch.arange(5), "`x` must have shape"),
+        ((2, 2, 5, 4), torch.arange(4), "`positions` must be integers of shape"),
+        ((2, 2, 5, 4), torch.zeros(3, 5, dtype=torch.int64), "`positions` must be integers of shape"),
+        ((2, 2, 5, 4), torch.zeros(5), "`positions` must be integers of shape"),
+    ],
+)
+def test_lrpe_bad_arguments(shape: tuple[int, ...], positions: Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=f"longctx::LRPE: {message}"):
+        LRPE(num_heads=2, head_dim=4)(torch.zeros(shape), positions)

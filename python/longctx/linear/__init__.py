@@ -10,8 +10,10 @@ from longctx.linear.decay import (
 )
 from longctx.linear.glu import SGLU
 from longctx.linear.norm import SimpleRMSNorm
+from longctx.linear.rotary import LRPE
 
 __all__ = [
+    "LRPE",
     "SGLU",
     "SimpleRMSNorm",
     "minimax_log_decay",
