@@ -1,4 +1,7 @@
-"""Layers of linear attention models, one concept a file."""
+"""Layers of linear attention models: decays, positions, norm, gated units, and attention between its projections.
+
+Forward only: `longctx.linear_attention`, on which `LightningAttention` rests, has no backward yet.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +12,15 @@ from longctx.linear.decay import (
     transnormer_paper_log_decay,
 )
 from longctx.linear.glu import SGLU
+from longctx.linear.lightning import LightningAttention, LightningState
 from longctx.linear.norm import SimpleRMSNorm
 from longctx.linear.rotary import LRPE
 
 __all__ = [
     "LRPE",
     "SGLU",
+    "LightningAttention",
+    "LightningState",
     "SimpleRMSNorm",
     "minimax_log_decay",
     "retnet_log_decay",
