@@ -5,13 +5,16 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+import longctx
 import support_matrix
 import target
 from longctx.testing import available_isas, force_isa
@@ -54,6 +57,7 @@ RECORDING = frozenset(
 )
 
 FILES = pytest.StashKey[frozenset[Path]]()  # of the tests collected, before any is left out
+LOST = pytest.StashKey[str]()  # why the GPU serves this process no longer
 LEFT_OUT = pytest.StashKey[Counter[str]]()  # reason -> tests
 
 
@@ -81,6 +85,8 @@ def why_left_out(item: pytest.Item, seen: Counter[str]) -> str:
         if (seen[name] - 1) % SIMT_ONE_IN.get(name, 1):
             return "too slow on fibers; other cases of the same test run"
     params = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+    if getattr(params.get("case"), "name", None) in set(longctx.ops.__all__) - target.ops:
+        return "an op without a CUDA kernel"
     if params.get("dtype") == torch.float64 and item.path.name != "test_merge_states.py":
         return "float64: on CUDA in merge_states alone, elsewhere an error (test_cuda.py)"
     if any(params.get(dim, 0) > MAX_CUDA_HEAD_DIM for dim in ("head_dim", "head_dim_v")):
@@ -133,16 +139,57 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+# ---- one process, or several of pytest-xdist ----
+
+
+def is_worker(config: pytest.Config) -> bool:
+    return hasattr(config, "workerinput")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Notices a kernel that took the process's CUDA context with it: whatever runs here next would fail too."""
+    report = yield
+    if report.failed and target.name == "cuda":
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError as error:
+            item.config.stash[LOST] = str(error).partition("\n")[0]
+    return report
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    why = item.config.stash.get(LOST, "")
+    if why and is_worker(item.config):  # another worker takes its place
+        os._exit(1)
+    if why:
+        pytest.exit(f"{item.nodeid} lost the GPU: {why}", returncode=1)
+
+
 def is_full_run(session: pytest.Session) -> bool:
     """Whether everything that fills the support matrix takes part and no test was picked out."""
     config = session.config
     picked = config.getoption("keyword") or config.getoption("markexpr") or config.getoption("lf", False)
-    return not picked and config.stash[FILES] >= RECORDING
+    return not picked and not is_worker(config) and config.stash.get(FILES, frozenset()) >= RECORDING
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """What a worker ran counts here, in the process that started it."""
+    output = getattr(node, "workeroutput", {})
+    for entry in output.get("ran", ()):
+        support_matrix.record(support_matrix.Entry(*entry))
+    files = frozenset(map(Path, output.get("files", ())))
+    node.config.stash[FILES] = node.config.stash.get(FILES, frozenset()) | files
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
-    if not session.config.getoption("--write-support-matrix"):
-        return
-    if exitstatus != 0 or not is_full_run(session):
-        raise pytest.UsageError("docs/support_matrix.md is written only by a full run that passes")
-    support_matrix.write()
+    config = session.config
+    if is_worker(config):
+        output = {"ran": [list(entry) for entry in support_matrix.ran()], "files": [*map(str, config.stash[FILES])]}
+        config.workeroutput.update(output)  # type: ignore[attr-defined]
+    elif config.getoption("--write-support-matrix"):
+        if exitstatus != 0 or not is_full_run(session):
+            raise pytest.UsageError("docs/support_matrix.md is written only by a full run that passes")
+        support_matrix.write()

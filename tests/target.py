@@ -42,7 +42,7 @@ def choose(device: str, simt: str | None, simt_mode: str | None) -> None:
         raise pytest.UsageError("--simt-mode needs --simt LIBRARY")
     if device == "cuda":
         _require_gpu()
-        name = "cuda"
+        name, ops = "cuda", cuda_ops()
         _replaced.extend(_replace(op) for op in sorted(ops))
     elif simt is not None:
         name, ops = "simt", _load_simt(Path(simt), simt_mode)
@@ -67,11 +67,16 @@ def describe() -> str:
     if name == "cpu":
         info = json.loads(torch.ops.longctx.build_info())
         return f"isa {info['isa']} of {info['detected_isa']}, engines {info['engines']}"
-    if name == "cuda":
-        return f"every op on {torch.cuda.get_device_name()}"
+    place = torch.cuda.get_device_name() if name == "cuda" else "CPU fibers"
     missing = sorted(set(longctx.ops.__all__) - ops)
     on_cpu = f"; not in the library and left to the CPU kernels: {', '.join(missing)}" if missing else ""
-    return f"CUDA kernels on CPU fibers: {', '.join(sorted(ops)) or 'none'}{on_cpu}"
+    return f"CUDA kernels on {place}: {', '.join(sorted(ops)) or 'none'}{on_cpu}"
+
+
+def cuda_ops() -> frozenset[str]:
+    """The ops that have a CUDA kernel."""
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    return frozenset(op for op in longctx.ops.__all__ if has_kernel(f"longctx::{op}", "CUDA"))
 
 
 @contextmanager

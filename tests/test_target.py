@@ -63,7 +63,8 @@ def test_cuda_without_a_gpu_is_an_error() -> None:
         target.choose("cuda", None, None)
 
 
-def test_every_op_runs_on_the_target() -> None:
-    if target.name != "simt":  # whose library may hold a part of them; the report header says which
+def test_ops_run_on_the_target() -> None:
+    """Of a CUDA library those that it holds; the report header says which."""
+    if target.name == "cpu":
         assert target.ops == set(longctx.ops.__all__)
-    assert target.ops
+    assert {"attention", "block_sparse_attention"} <= target.ops

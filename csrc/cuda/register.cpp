@@ -32,7 +32,7 @@ cudaStream_t current_stream() {
     throw std::runtime_error("longctx: no CUDA device, or a torch without CUDA");
   }
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
   return static_cast<cudaStream_t>(stream);
 }
 
