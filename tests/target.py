@@ -42,7 +42,7 @@ def choose(device: str, simt: str | None, simt_mode: str | None) -> None:
         raise pytest.UsageError("--simt-mode needs --simt LIBRARY")
     if device == "cuda":
         _require_gpu()
-        name = "cuda"
+        name, ops = "cuda", frozenset(filter(_has_cuda_kernel, ops))
         _replaced.extend(_replace(op) for op in sorted(ops))
     elif simt is not None:
         name, ops = "simt", _load_simt(Path(simt), simt_mode)
@@ -67,11 +67,10 @@ def describe() -> str:
     if name == "cpu":
         info = json.loads(torch.ops.longctx.build_info())
         return f"isa {info['isa']} of {info['detected_isa']}, engines {info['engines']}"
-    if name == "cuda":
-        return f"every op on {torch.cuda.get_device_name()}"
     missing = sorted(set(longctx.ops.__all__) - ops)
     on_cpu = f"; not in the library and left to the CPU kernels: {', '.join(missing)}" if missing else ""
-    return f"CUDA kernels on CPU fibers: {', '.join(sorted(ops)) or 'none'}{on_cpu}"
+    where = f"on {torch.cuda.get_device_name()}" if name == "cuda" else "on CPU fibers"
+    return f"CUDA kernels {where}: {', '.join(sorted(ops)) or 'none'}{on_cpu}"
 
 
 @contextmanager
@@ -145,6 +144,10 @@ def _require_gpu() -> None:
         raise pytest.UsageError("--device cuda needs a GPU; torch.cuda.is_available() is False")
     if "liblongctx_cuda.so" not in _library.loaded():
         raise pytest.UsageError("--device cuda needs liblongctx_cuda.so; build with -DLONGCTX_CUDA=ON")
+
+
+def _has_cuda_kernel(op: str) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"longctx::{op}", "CUDA")
 
 
 def _cpu_kernel(op: str) -> str:
