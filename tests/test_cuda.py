@@ -17,7 +17,6 @@ from checks import as_tuple, assert_same_bits, assert_same_result, check_attenti
 from longctx.prefill import AttentionContext, LMInfinite
 from longctx.testing import force_cuda_path
 from policy_cases import CALLS, POLICIES, rope
-from test_conventions import for_every_op
 
 on_cuda_kernels = pytest.mark.runs_on("cuda", "simt", reason="about the CUDA kernels: --device cuda or --simt")
 
@@ -60,6 +59,7 @@ def test_large_head_dim_raises(name: str) -> None:
 # ---- what only a GPU can show ----
 
 on_gpu = pytest.mark.runs_on("cuda", reason="needs a GPU: --device cuda")
+for_every_op = pytest.mark.parametrize("case", supported(*CASES.values()), ids=lambda case: case.name)
 
 
 @contextmanager

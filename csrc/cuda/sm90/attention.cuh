@@ -305,10 +305,10 @@ attention_kernel(LONGCTX_GRID_CONSTANT const AttentionMaps maps,
   shared.mask.init_rows(task.p.mask, item);
   device::sync_threads();
   if (warp < 4) {
-    device::lower_registers<80>();
+    device::lower_registers<Tile<kHeadDim>::kProducerRegisters>();
     if (warp == 0) produce(shared, maps, task);
   } else if (warp / 4 <= shared.consumers) {
-    device::raise_registers<216>();
+    device::raise_registers<Tile<kHeadDim>::kConsumerRegisters>();
     Consumer<T, kHeadDim>(shared, task, warp / 4 - 1).run();
   }
 }

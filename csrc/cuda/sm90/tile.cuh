@@ -25,6 +25,14 @@ struct Tile {
   // products. Larger head_dims have so little softmax that they need not.
   static constexpr bool kTurns = kHeadDim <= 128;
   static constexpr int kThreads = (1 + kConsumers) * device::kWarpgroupSize;
+  // Registers of a thread: at the launch, then of the producer's warpgroup and of each consumer's.
+  // A consumer waits until the block has what it asks for, so that a sum above what the launch
+  // brought would be waited for forever.
+  static constexpr int kLaunchRegisters = 65536 / kThreads / 8 * 8;
+  static constexpr int kProducerRegisters = 72;
+  static constexpr int kConsumerRegisters = 216;
+  static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <=
+                (1 + kConsumers) * kLaunchRegisters);
 };
 
 template <int kHeadDim>
