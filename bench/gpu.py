@@ -8,61 +8,29 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import os
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from os import cpu_count
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from gpu_run import LOG, ROOT, Machine, Runner, add_tools_to_path
+
 PACKAGE = ROOT / "python" / "longctx"
 BUILD = ROOT / "build" / "gpu"
 LIBRARIES = ("liblongctx.so", "liblongctx_cuda.so")
 LANES = BUILD / "tests" / "cuda" / "longctx_lanes"
+RESULTS = ROOT / "docs" / "results"
+SUPPORT_MATRIX = ROOT / "docs" / "support_matrix.md"
 # Compared with the float64 twins, and so in docs/support_matrix.md; then the rest that needs nothing but torch.
 OP_TESTS = ("attention", "attention_mass", "bad_input", "block_scores", "block_sparse_attention", "conventions",
-            "cuda", "merge_states", "opcheck", "select_blocks", "support_matrix", "target")  # fmt: skip
+            "cuda", "linear_attention", "merge_states", "opcheck", "select_blocks", "support_matrix",
+            "target")  # fmt: skip
 POLICY_TESTS = ("blocktopk", "controls", "flexprefill", "lminfinite", "policy", "xattention")
-GPU_FACTS = """
-import json, torch
-cuda = torch.cuda.is_available()
-print(json.dumps({"torch": torch.__version__, "cuda": torch.version.cuda,
-  "gpu": torch.cuda.get_device_name() if cuda else None,
-  "capability": list(torch.cuda.get_device_capability()) if cuda else None}))
-"""
-
-
-@dataclass(frozen=True)
-class Machine:
-    """What is here."""
-
-    torch: str | None
-    gpu: str | None
-    capability: tuple[int, int] | None
-    cutlass: Path | None
-
-    @classmethod
-    def look(cls, cutlass: Path | None) -> Machine:
-        run = subprocess.run([sys.executable, "-c", GPU_FACTS], capture_output=True, text=True, check=False)
-        facts = json.loads(run.stdout) if run.returncode == 0 else {}
-        finder = [sys.executable, str(ROOT / "build_tools" / "find_cutlass.py")]
-        found = subprocess.run(finder, capture_output=True, text=True, check=False).stdout.strip()
-        capability = facts.get("capability")
-        return cls(
-            torch=facts.get("torch") and f"{facts['torch']} (CUDA {facts['cuda']})",
-            gpu=facts.get("gpu"),
-            capability=None if capability is None else (capability[0], capability[1]),
-            cutlass=cutlass or (Path(found) if found else None),
-        )
-
-    @property
-    def architecture(self) -> str:
-        """What nvcc compiles the code for that every GPU runs; Hopper's own kernels choose theirs."""
-        assert self.capability is not None
-        return "{}{}-real".format(*self.capability)
 
 
 @dataclass(frozen=True)
@@ -74,31 +42,6 @@ class Stage:
     what: str
     needs: Callable[[Machine], list[str]]
     run: Callable[[Runner, float], str]
-
-
-class Runner:
-    """Runs commands within time, their output to a log beside the results."""
-
-    def __init__(self, machine: Machine, out: Path, deadline: float) -> None:
-        self.machine, self.out, self.deadline = machine, out, deadline
-        path = os.pathsep.join([str(ROOT / "python"), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
-        self.environment = os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
-
-    def command(self, log: str, seconds: float, *command: str | Path) -> str:
-        """The outcome of one command; its output is appended to `<out>/<log>.log` and its end printed on failure."""
-        path = self.out / f"{log}.log"
-        try:
-            with path.open("a") as file:
-                run = subprocess.run(
-                    [str(part) for part in command], cwd=ROOT, env=self.environment, stdout=file,
-                    stderr=subprocess.STDOUT, timeout=max(seconds, 1.0), check=False,
-                )  # fmt: skip
-            outcome = "passed" if run.returncode == 0 else f"failed (exit code {run.returncode})"
-        except subprocess.TimeoutExpired:
-            outcome = f"ran out of its {seconds:.0f} s"
-        if outcome != "passed":
-            print("\n".join(path.read_text(errors="replace").splitlines()[-40:]))
-        return outcome
 
 
 def found(*tools: str) -> Callable[[Machine], list[str]]:
@@ -118,7 +61,7 @@ def worst(*outcomes: str) -> str:
 
 def is_built() -> bool:
     """Whether the libraries are there and newer than every source."""
-    built = [PACKAGE / name for name in LIBRARIES] + [LANES]
+    built = [PACKAGE / name for name in LIBRARIES]
     if not all(path.is_file() for path in built):
         return False
     sources = [ROOT / "CMakeLists.txt", *(p for d in ("csrc", "include") for p in (ROOT / d).rglob("*") if p.is_file())]
@@ -126,7 +69,7 @@ def is_built() -> bool:
 
 
 def build(runner: Runner, seconds: float) -> str:
-    if is_built():
+    if is_built() and LANES.is_file():
         return "passed"
     start = time.monotonic()
     cutlass = runner.machine.cutlass
@@ -135,80 +78,97 @@ def build(runner: Runner, seconds: float) -> str:
         "LONGCTX_CUDA": "ON",
         "LONGCTX_TESTS": "ON",  # the lane vectors
         "LONGCTX_GTEST": "OFF",
+        "CMAKE_DISABLE_FIND_PACKAGE_pybind11": "ON",  # no op needs longctx._host
         "CMAKE_CUDA_ARCHITECTURES": runner.machine.architecture,
         "Python_EXECUTABLE": sys.executable,
         **({} if cutlass is None else {"LONGCTX_CUTLASS_DIR": str(cutlass)}),
     }
     configured = runner.command(
-        "build", seconds, "cmake", "-S", ROOT, "-B", BUILD, "-G", "Ninja", *(f"-D{k}={v}" for k, v in options.items())
+        seconds, "cmake", "-S", ROOT, "-B", BUILD, "-G", "Ninja", *(f"-D{k}={v}" for k, v in options.items())
     )
     if configured != "passed":
         return configured
     left = seconds - (time.monotonic() - start)
     targets = ("longctx", "longctx_cuda", "longctx_lanes")
-    outcome = runner.command("build", left, "cmake", "--build", BUILD, "-j", str(os.cpu_count()), "--target", *targets)
-    if outcome == "passed":
-        for name in LIBRARIES:
-            shutil.copy2(BUILD / name, PACKAGE / name)
+    # What builds is used, whatever else does not.
+    command = ("cmake", "--build", BUILD, "-j", str(cpu_count()), "--target", *targets, "--", "-k", "0")
+    outcome = runner.command(left, *command)
+    for name in LIBRARIES if all((BUILD / name).is_file() for name in LIBRARIES) else ():
+        shutil.copy(BUILD / name, PACKAGE / name)
     return outcome
 
 
+def smoke(runner: Runner, seconds: float) -> str:
+    return runner.cases(seconds, 30.0, lambda left: (sys.executable, ROOT / "bench" / "gpu_smoke.py"))
+
+
 def tests(runner: Runner, seconds: float) -> str:
-    """The ops in one process, which writes their rows of the support matrix; then the policies."""
-    start = time.monotonic()
-    pytest = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--device", "cuda")
-    ops = runner.command(
-        "tests", seconds, *pytest, "--write-support-matrix", *(f"tests/test_{name}.py" for name in OP_TESTS)
-    )
-    workers = ("-n", "4") if importlib.util.find_spec("xdist") else ()
-    left = seconds - (time.monotonic() - start)
-    policies = runner.command("tests", left, *pytest, *workers, *(f"tests/test_{name}.py" for name in POLICY_TESTS))
-    return worst(ops, policies)
+    """With pytest-xdist in several processes: one that loses the GPU, or hangs, costs the others nothing."""
+    files = [f"tests/test_{name}.py" for name in (*OP_TESTS, *POLICY_TESTS)]
+    before = SUPPORT_MATRIX.read_bytes()
+    workers = ("-n", "8", "--dist", "worksteal") if importlib.util.find_spec("xdist") else ()
+    outcome = runner.command(
+        seconds, sys.executable, "-m", "pytest", "-q", "--tb", "short", "--maxfail", "200", "-p", "no:cacheprovider",
+        "--timeout", "60", "--timeout-method", "thread", *workers, "--device", "cuda", "--write-support-matrix", *files,
+        OMP_NUM_THREADS="2",
+    )  # fmt: skip
+    if SUPPORT_MATRIX.read_bytes() != before and runner.out != RESULTS:
+        shutil.copy(SUPPORT_MATRIX, runner.out)
+    return outcome
 
 
 def lanes(runner: Runner, seconds: float) -> str:
-    return runner.command("lanes", seconds, LANES, "--replay", ROOT / "tests" / "lanes" / "vectors")
+    return runner.cases(seconds, 10.0, lambda left: (LANES, "--replay", ROOT / "tests" / "lanes" / "vectors"))
 
 
 def sanitizers(runner: Runner, seconds: float) -> str:
     outcomes = []
     for tool in ("memcheck", "racecheck"):
         command = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "9", sys.executable)
-        outcomes.append(runner.command(tool, seconds / 2, *command, ROOT / "bench" / "gpu_calls.py"))
+        outcomes.append(runner.command(seconds / 2, *command, ROOT / "bench" / "gpu_calls.py"))
     return worst(*outcomes)
 
 
 def profiles(runner: Runner, seconds: float) -> str:
     command = ("ncu", "--clock-control", "none", "--kernel-name-base", "demangled", "-k", "regex:longctx")
-    return runner.command("profiles", seconds, *command, sys.executable, ROOT / "bench" / "gpu_calls.py", "--profile")
+    return runner.command(seconds, *command, sys.executable, ROOT / "bench" / "gpu_calls.py", "--profile")
 
 
 def measurements(runner: Runner, seconds: float) -> str:
     """Ends before `seconds` by itself; whatever it has measured is on disk after each case."""
-    longctx = (sys.executable, "-m", "longctx", "bench", "--device", "cuda")
-    margin = min(30.0, seconds / 3)  # one case may still be under way when time is up
-    return runner.command("measurements", seconds, *longctx, "--seconds", str(seconds - margin), "--out", runner.out)
+
+    def command(left: float) -> tuple[str | Path, ...]:
+        time_for_cases = left - min(30.0, left / 3)  # one case may still be under way when time is up
+        longctx = (sys.executable, "-m", "longctx", "bench", "--device", "cuda", "--announce")
+        return *longctx, "--seconds", f"{time_for_cases:.0f}", "--out", runner.out
+
+    return runner.cases(seconds, 75.0, command)
 
 
 def no_needs(machine: Machine) -> list[str]:
     return []
 
 
+def needs_lanes(machine: Machine) -> list[str]:
+    return [] if LANES.is_file() else [f"{LANES.relative_to(ROOT)} (stage build)"]
+
+
 STAGES = (
     Stage("build", 240, "cmake + ninja for this GPU alone, where sources are newer", found("nvcc", "cmake", "ninja"),
           build),
-    Stage("tests", 150, "the test suite on the GPU", lambda m: python_modules("pytest", "pytest_timeout"), tests),
-    Stage("lanes", 20, "every device wrapper against its recorded lane vectors", no_needs, lanes),
-    Stage("sanitizers", 60, "memcheck and racecheck on small shapes", found("compute-sanitizer"), sanitizers),
-    Stage("profiles", 30, "ncu on one shape a kernel", found("ncu"), profiles),
-    Stage("measurements", 180, "cases beside their peers; takes what the others leave", no_needs, measurements),
+    Stage("smoke", 40, "errors of every op, path, dtype and head_dim", no_needs, smoke),
+    Stage("lanes", 15, "every device wrapper against its recorded lane vectors", needs_lanes, lanes),
+    Stage("tests", 75, "the test suite on the GPU", lambda m: python_modules("pytest", "pytest_timeout"), tests),
+    Stage("sanitizers", 40, "memcheck and racecheck on small shapes", found("compute-sanitizer"), sanitizers),
+    Stage("profiles", 20, "ncu on one shape a kernel", found("ncu"), profiles),
+    Stage("measurements", 110, "cases beside their peers; takes what the others leave", no_needs, measurements),
 )  # fmt: skip
 
 
 def shares(stages: list[Stage], left: float) -> list[float]:
-    """Seconds for each stage: its own, scaled down where that is more than what is left."""
+    """Seconds for each stage, in proportion to its own."""
     wanted = sum(stage.seconds for stage in stages)
-    return [stage.seconds * min(1.0, left / wanted) for stage in stages]
+    return [stage.seconds * left / wanted for stage in stages]
 
 
 def run_stages(stages: list[Stage], runner: Runner) -> list[dict[str, object]]:
@@ -227,7 +187,7 @@ def run_stages(stages: list[Stage], runner: Runner) -> list[dict[str, object]]:
             outcome = stage.run(runner, share)
         done.append({"name": stage.name, "outcome": outcome, "seconds": round(time.monotonic() - start, 1)})
         print(f"{stage.name}: {outcome}", flush=True)
-        if stage.name == "build" and not is_built():
+        if stage.name == "build" and not all((PACKAGE / name).is_file() for name in LIBRARIES):
             print("nothing more can run without the libraries", file=sys.stderr)
             break
     return done
@@ -280,13 +240,14 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=540.0, help="for everything (default %(default)g)")
     parser.add_argument("--stages", default=",".join(names), help="some of %(default)s")
     parser.add_argument("--cutlass", type=Path, help="CUTLASS's include folder (default: from the Python environment)")
-    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results", help="where gpu.json and gpu.md go")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="where gpu.json, gpu.md and gpu.log go")
     args = parser.parse_args()
     chosen = args.stages.split(",")
     if unknown := set(chosen) - set(names):
         parser.error(f"no stage is called {', '.join(sorted(unknown))}; there are {', '.join(names)}")
     stages = [stage for stage in STAGES if stage.name in chosen]
     deadline = time.monotonic() + args.seconds
+    add_tools_to_path()
     machine = Machine.look(args.cutlass)
     if args.dry_run:
         dry_run(machine, stages, args.seconds)
@@ -295,6 +256,7 @@ def main() -> int:
         print(f"bench/gpu.sh: missing: {', '.join(missing)}", file=sys.stderr)
         return 1
     args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / LOG).unlink(missing_ok=True)
     done = run_stages(stages, Runner(machine, args.out.resolve(), deadline))
     finish(args.out, done)
     return 0 if all(stage["outcome"] == "passed" for stage in done) else 1

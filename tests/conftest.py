@@ -50,6 +50,7 @@ RECORDING = frozenset(
         "block_scores",
         "block_sparse_attention",
         "cuda",
+        "linear_attention",
         "merge_states",
         "opcheck",
         "select_blocks",
@@ -85,7 +86,8 @@ def why_left_out(item: pytest.Item, seen: Counter[str]) -> str:
         if (seen[name] - 1) % SIMT_ONE_IN.get(name, 1):
             return "too slow on fibers; other cases of the same test run"
     params = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
-    if getattr(params.get("case"), "name", None) in set(longctx.ops.__all__) - target.ops:
+    about = {item.path.stem.removeprefix("test_"), getattr(params.get("case"), "name", None)}
+    if about & set(longctx.ops.__all__) - target.ops:
         return "an op without a CUDA kernel"
     if params.get("dtype") == torch.float64 and item.path.name != "test_merge_states.py":
         return "float64: on CUDA in merge_states alone, elsewhere an error (test_cuda.py)"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import re
 import subprocess
 import sys
@@ -236,13 +237,94 @@ def test_stages_share_the_time(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert [entry["outcome"] for entry in late] == ["not run: no time was left"]
 
 
-def test_commands_end_in_time_and_leave_a_log(tmp_path: Path) -> None:
+def runner_in(folder: Path) -> Any:
     script = load_script()
-    runner = script.Runner(script.Machine(None, None, None, None), tmp_path, time.monotonic() + 90)
-    assert runner.command("log", 20, sys.executable, "-c", "print('all well')") == "passed"
-    assert runner.command("log", 20, sys.executable, "-c", "raise SystemExit(3)") == "failed (exit code 3)"
-    assert runner.command("log", 1, sys.executable, "-c", "import time; time.sleep(30)") == "ran out of its 1 s"
-    assert (tmp_path / "log.log").read_text() == "all well\n"
+    return script.Runner(script.Machine(None, None, None, None), folder, time.monotonic() + 90)
+
+
+def test_commands_end_in_time_and_leave_a_log(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    runner = runner_in(tmp_path)
+    assert runner.command(20, sys.executable, "-c", "print('all well')") == "passed"
+    assert runner.command(20, sys.executable, "-c", "print('bad'); raise SystemExit(3)") == "failed (exit code 3)"
+    sleeps = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(30)'])"
+    start = time.monotonic()
+    assert runner.command(1, sys.executable, "-c", sleeps) == "ran out of its 1 s"
+    assert time.monotonic() - start < 15
+    log = (tmp_path / "gpu.log").read_text()
+    assert "print('all well')\nall well\n$ " in log
+    assert capfd.readouterr().out == "bad\n\n"
+
+
+# Cases a to e: b hangs, c ends its process, d is wrong.
+CASES_THAT_FAIL = """
+import sys, time
+names = list("abcde")
+for name in names[names.index(sys.argv[2]) + 1 if len(sys.argv) > 2 else 0:]:
+    print("case", name, flush=True)
+    if name == "b": time.sleep(60)
+    if name == "c": sys.exit(3)
+    print(name, "is", "wrong" if name == "d" else "right", flush=True)
+sys.exit(1)
+"""
+
+
+def test_cases_behind_one_that_hangs_or_dies_run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    script = tmp_path / "cases.py"
+    script.write_text(CASES_THAT_FAIL)
+    outcome = runner_in(tmp_path).cases(60, 3, lambda left: (sys.executable, script))
+    assert outcome == "failed; b said nothing for 3 s; c ended it (exit code 3)"
+    assert [line for line in capfd.readouterr().out.splitlines() if " is " in line] == [
+        "a is right", "d is wrong", "e is right",
+    ]  # fmt: skip
+    assert "case b\nb said nothing for 3 s\n$ " in (tmp_path / "gpu.log").read_text()
+
+
+def test_a_program_that_never_starts_is_not_repeated(tmp_path: Path) -> None:
+    assert runner_in(tmp_path).cases(60, 3, lambda left: ("sh", "-c", "exit 7")) == "the start ended it (exit code 7)"
+
+
+def test_smoke_on_the_cpu() -> None:
+    """The last cases, and that a result with one wrong element, infinity or index is found."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    after = "linear_attention_decode float16: plain"
+    command = [sys.executable, "bench/gpu_smoke.py", "--device", "cpu", "--after", after]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert run.returncode == 0, run.stderr
+    assert len(re.findall(r"^ok    linear_attention_decode \w+: all_options: error", run.stdout, re.MULTILINE)) == 3
+    planted = """
+import runpy, torch
+compare = runpy.run_path("bench/gpu_smoke.py")["compare"]
+exact = torch.randn(1, 2, 64, 64, dtype=torch.float64)
+exact[0, 0, 0, 0] = -torch.inf
+here = exact.to(torch.bfloat16)
+assert compare(here, here, exact)[1]
+for place, value in (((0, 1, 9, 5), 3.0), ((0, 0, 0, 0), 0.0), ((0, 1, 9, 5), torch.nan), ((0, 1, 9, 5), torch.inf)):
+    wrong = here.clone()
+    wrong[place] += value - wrong[place] if value != 3.0 else value
+    text, right = compare(wrong, here, exact)
+    assert not right and "1/8192 wrong, first at " + str(list(place)) in text, text
+text, right = compare(torch.arange(4), torch.tensor([0, 1, 2, 4]), exact)
+assert not right and text == "1/4 wrong, first at [3], indices a dim 1/4", text
+"""
+    subprocess.run([sys.executable, "-c", planted], cwd=ROOT, env=environment, timeout=120, check=True)
+
+
+def test_a_run_continues_behind_a_case(tmp_path: Path) -> None:
+    first, second, *_ = HEADLINE
+    gpu.write(gpu.Report({"gpu": "here"}, results=[result(first.title, first.length, longctx=1.0)]), tmp_path)
+    report, cases = gpu.continued(gpu.Report({}), HEADLINE, first.name(), tmp_path)
+    assert (report.environment, cases, report.not_measured) == ({"gpu": "here"}, HEADLINE[1:], [])
+    report, cases = gpu.continued(gpu.Report({}), HEADLINE, second.name(), tmp_path)
+    assert cases == HEADLINE[2:]
+    assert report.not_measured == [f"{second.name()}: it hung, or ended the process"]
+    with pytest.raises(ValueError, match="must name a case"):
+        gpu.continued(gpu.Report({}), HEADLINE, "lunch", tmp_path)
+
+
+def test_cases_are_announced() -> None:
+    said: list[str] = []
+    gpu.measure_all([HEADLINE[0]], gpu.Report({}), device="cpu", length=256, rounds=1, announce=True, say=said.append)
+    assert said[0] == f"case {HEADLINE[0].name(256)}"
 
 
 def test_finish_adds_stages_and_commit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -264,7 +346,7 @@ def run_gpu_sh(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_dry_run_prints_stages_and_what_is_missing() -> None:
     run = run_gpu_sh("--dry-run", "--seconds", "300")
     assert run.returncode == 0, run.stderr
-    for stage in ("build", "tests", "lanes", "sanitizers", "profiles", "measurements"):
+    for stage in ("build", "smoke", "lanes", "tests", "sanitizers", "profiles", "measurements"):
         assert re.search(rf"^{stage} +\d+ s", run.stdout, re.MULTILINE), run.stdout
     if not torch.cuda.is_available():
         assert "missing: a GPU" in run.stdout

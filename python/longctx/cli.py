@@ -70,6 +70,8 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where to measure")
     on_gpu = parser.add_argument_group("with --device cuda")
     on_gpu.add_argument("--seconds", type=float, help="stop starting cases after so long")
+    on_gpu.add_argument("--announce", action="store_true", help="name each case before it starts")
+    on_gpu.add_argument("--after", metavar="CASE", help="continue the results in --out behind this case")
     on_gpu.add_argument("--out", type=Path, metavar="DIR", help="write gpu.json and gpu.md there")
     parser.set_defaults(run=run_bench)
 

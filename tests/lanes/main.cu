@@ -1,12 +1,15 @@
-// longctx_lanes --replay DIR: runs every case on the inputs of its file, compares the outputs.
+// longctx_lanes --replay DIR [--after NAME]: runs every case, or those behind one, on the inputs of
+// its file, compares the outputs.
 // longctx_lanes --record DIR: writes the files.
 //
 // A file: a comment with the words that the case runs, then a line per thread: inputs | outputs, in
 // hexadecimal words.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <exception>
 #include <fstream>
+#include <memory>
 #include <sstream>
 #include <stdexcept>
 
@@ -46,46 +49,46 @@ std::vector<Case> all_cases() {
   return cases;
 }
 
-// 32-bit words that kernels and the host see.
-class Words {
- public:
-  explicit Words(size_t count) {
-    const size_t bytes = (count + 1) * sizeof(uint32_t);
-#ifdef LONGCTX_SIMT
-    data_ = static_cast<uint32_t*>(aligned_alloc(256, (bytes + 255) / 256 * 256));
-#else
-    cuda::check("lanes", cudaMallocManaged(&data_, bytes));
-#endif
-    std::memset(data_, 0, bytes);
-  }
-  ~Words() {
-#ifdef LONGCTX_SIMT
-    free(data_);
-#else
-    cudaFree(data_);
-#endif
-  }
-  Words(const Words&) = delete;
-  Words& operator=(const Words&) = delete;
-  uint32_t* data() const { return data_; }
+using Words = std::vector<uint32_t>;
 
- private:
-  uint32_t* data_ = nullptr;
-};
+#ifdef LONGCTX_SIMT
 
-void run(const Case& lanes, const Words& in, const Words& out) {
-  lanes.run(in.data(), out.data());
-#ifndef LONGCTX_SIMT
-  cuda::check(lanes.name, cudaDeviceSynchronize());
-#endif
+void run(const Case& lanes, const Words& in, Words& out) {
+  // Aligned as the GPU's memory is.
+  const auto aligned = [](const Words& words) {
+    const size_t bytes = words.size() * sizeof(uint32_t);
+    auto* data = static_cast<uint32_t*>(aligned_alloc(256, (bytes + 256) / 256 * 256));
+    std::copy(words.begin(), words.end(), data);
+    return std::unique_ptr<uint32_t, decltype(&free)>(data, &free);
+  };
+  const auto in_copy = aligned(in), out_copy = aligned(out);
+  lanes.run(in_copy.get(), out_copy.get());
+  std::copy(out_copy.get(), out_copy.get() + out.size(), out.begin());
 }
+
+#else
+
+void run(const Case& lanes, const Words& in, Words& out) {
+  const size_t bytes_in = in.size() * sizeof(uint32_t), bytes_out = out.size() * sizeof(uint32_t);
+  uint32_t *device_in = nullptr, *device_out = nullptr;
+  cuda::check(lanes.name, cudaMalloc(&device_in, bytes_in + sizeof(uint32_t)));
+  cuda::check(lanes.name, cudaMalloc(&device_out, bytes_out + sizeof(uint32_t)));
+  cuda::check(lanes.name, cudaMemcpy(device_in, in.data(), bytes_in, cudaMemcpyHostToDevice));
+  cuda::check(lanes.name, cudaMemset(device_out, 0, bytes_out));
+  lanes.run(device_in, device_out);
+  cuda::check(lanes.name, cudaMemcpy(out.data(), device_out, bytes_out, cudaMemcpyDeviceToHost));
+  cuda::check(lanes.name, cudaFree(device_in));
+  cuda::check(lanes.name, cudaFree(device_out));
+}
+
+#endif
 
 std::string path_of(const Case& lanes, const std::string& folder) {
   return folder + "/" + lanes.name + ".txt";
 }
 
 void record(const Case& lanes, const std::string& folder) {
-  const Words in(lanes.threads * lanes.words_in), out(lanes.threads * lanes.words_out);
+  Words in(lanes.threads * lanes.words_in), out(lanes.threads * lanes.words_out);
   Random random;
   for (int thread = 0; thread < lanes.threads; ++thread) {
     lanes.fill(random, thread, in.data() + thread * lanes.words_in);
@@ -123,7 +126,7 @@ int replay(const Case& lanes, const std::string& folder) {
   if (!std::getline(file, line) || line != std::string("# ") + lanes.words) {
     throw std::runtime_error(path + " does not begin with # " + lanes.words);
   }
-  const Words in(lanes.threads * lanes.words_in), out(lanes.threads * lanes.words_out);
+  Words in(lanes.threads * lanes.words_in), out(lanes.threads * lanes.words_out);
   std::vector<uint32_t> expected;
   for (int thread = 0; thread < lanes.threads; ++thread) {
     std::getline(file, line);
@@ -154,23 +157,31 @@ int replay(const Case& lanes, const std::string& folder) {
 
 int main(int argc, char** argv) {
   using namespace longctx::lanes;
-  const std::string mode = argc == 3 ? argv[1] : "";
-  if (mode != "--replay" && mode != "--record") {
-    std::fprintf(stderr, "usage: %s --replay DIR | --record DIR\n", argv[0]);
+  const std::string mode = argc >= 3 ? argv[1] : "";
+  const bool resumes = argc == 5 && mode == "--replay" && std::string(argv[3]) == "--after";
+  if ((mode != "--replay" && mode != "--record") || (argc != 3 && !resumes)) {
+    std::fprintf(stderr, "usage: %s --replay DIR [--after NAME] | --record DIR\n", argv[0]);
     return 2;
   }
+  std::setvbuf(stdout, nullptr, _IOLBF, BUFSIZ);  // a case that hangs has been announced
+  bool skip = resumes;
+  int differ = 0;
   try {
-    int differ = 0;
     for (const Case& lanes : all_cases()) {
+      if (skip) {
+        skip = lanes.name != std::string(argv[4]);
+        continue;
+      }
       if (mode == "--record") {
         record(lanes, argv[2]);
-      } else {
-        differ += replay(lanes, argv[2]);
+        continue;
       }
+      std::printf("case %s\n", lanes.name);
+      differ += replay(lanes, argv[2]);
     }
-    return differ == 0 ? 0 : 1;
-  } catch (const std::exception& error) {
+  } catch (const std::exception& error) {  // after an error of the GPU nothing more runs on it
     std::fprintf(stderr, "%s\n", error.what());
-    return 1;
+    return 3;
   }
+  return differ == 0 ? 0 : 1;
 }

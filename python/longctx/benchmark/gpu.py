@@ -26,7 +26,8 @@ from longctx.benchmark.gpu_targets import Target, evaluated
 
 ROTATED_BYTES = 1 << 28  # several times the L2 cache
 ROUNDS = 15
-SECONDS_PER_CASE = 12.0
+SECONDS_PER_CASE = 6.0
+LOST_GPU = 3  # exit code
 SHORTEST_SAMPLE = 1e-3  # seconds between two clock readings: shorter calls are repeated
 
 
@@ -219,16 +220,22 @@ def measure_all(
     length: int | None = None,
     rounds: int = ROUNDS,
     deadline: float = math.inf,
+    announce: bool = False,
     say: Callable[[str], object] = print,
     save: Callable[[Report], object] = lambda _: None,
 ) -> None:
-    """Measures until `deadline` (of `time.monotonic`) and saves after each case; says what it did not get to."""
+    """Measures until `deadline` (of `time.monotonic`) and saves after each case; says what it did not get to.
+
+    Ends the process, with `LOST_GPU`, after a case that left the GPU unusable for it.
+    """
     for case in cases:
-        name = f"{case.op}: {case.title}, {length or case.length}"
+        name = case.name(length)
         if time.monotonic() > deadline:
             report.not_measured.append(f"{name}: no time was left")
             say(report.not_measured[-1])
             continue
+        if announce:
+            say(f"case {name}")
         try:
             report.results.append(measure(case, device, length=length, rounds=rounds))
             say("\n".join(lines_of(report.results[-1], report.ceilings)))
@@ -236,9 +243,13 @@ def measure_all(
             lines = str(error).strip().splitlines() or [""]
             report.not_measured.append(f"{name}: {type(error).__name__}: {lines[0][:200]}")
             say(report.not_measured[-1])
-        if device == "cuda":
-            torch.cuda.empty_cache()
         save(report)
+        if device == "cuda":
+            try:
+                torch.cuda.synchronize()
+                torch.cuda.empty_cache()
+            except RuntimeError:
+                raise SystemExit(LOST_GPU) from None
 
 
 # ---- the report ----
@@ -331,13 +342,17 @@ def main(args: argparse.Namespace) -> list[Result]:
     if not torch.cuda.is_available():
         raise ValueError("bench --device cuda needs a GPU and a torch with CUDA")
     start = time.monotonic()
+    cases = selected(CASES, args.op, args.dtype)
     report = Report(environment())
+    if args.after is not None:
+        report, cases = continued(report, cases, args.after, args.out)
     print(json.dumps(report.environment), flush=True)
-    report.ceilings = ceilings()
+    report.ceilings = report.ceilings or ceilings()
     print("\n".join(HEAD), flush=True)
     measure_all(
-        selected(CASES, args.op, args.dtype),
+        cases,
         report,
+        announce=args.announce,
         length=args.length,
         deadline=math.inf if args.seconds is None else start + args.seconds,
         say=functools.partial(print, flush=True),
@@ -347,6 +362,20 @@ def main(args: argparse.Namespace) -> list[Result]:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(report.document(), indent=1) + "\n")
     return report.results
+
+
+def continued(report: Report, cases: list[GpuCase], after: str, out: Path | None) -> tuple[Report, list[GpuCase]]:
+    """What a run that ended in the case `after` has written, and the cases behind it."""
+    if out is not None and (out / "gpu.json").is_file():
+        report = Report.of_document(json.loads((out / "gpu.json").read_text()))
+    names = [case.name() for case in cases]
+    if after not in names:
+        raise ValueError(f"`--after` must name a case; got {after}")
+    case = cases[names.index(after)]
+    measured = any((r.op, r.case, r.length) == (case.op, case.title, case.length) for r in report.results)
+    if not measured and not any(text.startswith(f"{after}: ") for text in report.not_measured):
+        report.not_measured.append(f"{after}: it hung, or ended the process")
+    return report, cases[names.index(after) + 1 :]
 
 
 def selected(cases: Sequence[GpuCase], op: str | None = None, dtype: str | None = None) -> list[GpuCase]:

@@ -47,6 +47,9 @@ class GpuCase:
     small: int = 4 * BLOCK  # the length at which a test without a GPU builds and runs it
     dtype: str = "bfloat16"
 
+    def name(self, length: int | None = None) -> str:
+        return f"{self.op}: {self.title}, {length or self.length}"
+
     def work(self, device: str, length: int | None = None) -> Work:
         return self.make(length or self.length, device)
 
