@@ -367,7 +367,7 @@ CASES = {
         OpCase(
             name="block_sparse_attention",
             calls={
-                "plain": with_blocks(plain, block_size_q=16, block_size_k=32),
+                "plain": with_blocks(plain, block_size_q=16, block_size_k=32, density=0.8),
                 "all_options": BLOCKS_ALL_OPTIONS,
                 "packed": with_blocks(packed, block_size_q=16, block_size_k=8, pattern_heads=4),
             },

@@ -118,7 +118,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_report_collectionfinish(config: pytest.Config) -> list[str]:
-    return [f"left out on {target.label()}: {count}: {why}" for why, count in config.stash[LEFT_OUT].most_common()]
+    left_out = config.stash.get(LEFT_OUT, Counter())  # unset where a path was not found
+    return [f"left out on {target.label()}: {count}: {why}" for why, count in left_out.most_common()]
 
 
 @pytest.fixture
