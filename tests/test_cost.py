@@ -43,10 +43,10 @@ def causal(length: int) -> Lengths:
 @pytest.mark.parametrize(
     ("policy", "dense_to", "sparse_from"),
     [
-        (FlexPrefill(), 1536, 2048),
-        (AShape(), 5120, 8192),
-        (BlockTopK(), 6400, 10240),
-        (XAttention(), 256, 512),
+        (FlexPrefill(), 1967, 1968),
+        (AShape(), 7487, 7488),
+        (BlockTopK(), 9546, 9547),
+        (XAttention(), 400, 401),
         (LMInfinite(), 4096, 4097),
     ],
     ids=lambda value: value.name if isinstance(value, Policy) else str(value),

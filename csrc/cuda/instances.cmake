@@ -41,8 +41,8 @@ longctx_cuda_kernel(attention sm_90a "${attention_arguments}"
   DTYPES bfloat16 float16 HEAD_DIMS 64 128 256)
 longctx_cuda_kernel(attention_fp32 sm_80 "${attention_arguments}" DTYPES float32 HEAD_DIMS 64 128 256)
 
-# One 16-bit dtype each, and the two head_dims that most models have.
-set(LONGCTX_REPRESENTATIVE_INSTANCES bfloat16-128 float16-64 float32-64)
+# The two head_dims that most models have, each 16-bit dtype at one of them.
+set(LONGCTX_REPRESENTATIVE_INSTANCES bfloat16-128 float16-64 float32-64 float32-128)
 
 # longctx_cuda_instances(<prefix> <representative|all> <family>...)
 #

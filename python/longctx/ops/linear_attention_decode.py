@@ -54,7 +54,7 @@ def linear_attention_decode(
         NotImplementedError: an input requires a gradient.
 
     Cost: `5 * head_dim * head_dim_v` FLOPs and `8 * head_dim * head_dim_v` bytes a token and head: bound by
-    memory. Deterministic. Gradients: none (raises NotImplementedError); `linear_attention` has them.
+    memory. Deterministic. Gradients: none (raises NotImplementedError).
     Source: Qin et al., "TransNormerLLM" (arXiv 2307.14995), robust inference.
 
     Example:
