@@ -5,6 +5,7 @@ Forward only: `longctx.linear_attention`, on which `LightningAttention` rests, h
 
 from __future__ import annotations
 
+from longctx.linear.block import TransNormerBlock
 from longctx.linear.decay import (
     minimax_log_decay,
     retnet_log_decay,
@@ -22,6 +23,7 @@ __all__ = [
     "LightningAttention",
     "LightningState",
     "SimpleRMSNorm",
+    "TransNormerBlock",
     "minimax_log_decay",
     "retnet_log_decay",
     "transnormer_code_log_decay",

@@ -72,9 +72,12 @@ class LightningAttention(nn.Module):
         `layer.decode(x, state)`: one or a few tokens, `state` changed **in place**; returns the output alone.
         `layer.new_state(batch)`: the state before the first token.
 
-    All sequences of a batch have the same number of new tokens; padding is not masked. Each output is a function
-    of the inputs up to it. Cut at multiples of `longctx.ops.LINEAR_CHUNK_SIZE` with `num_segments=1`, attention
-    itself gives the same bits as in one call; projections do as far as PyTorch's matrix product does.
+    Tokens where `attention_mask` (bool `[batch, seqlen]`, or integers) is zero are padding, on any side: they add
+    nothing to the state, do not age it and have no position, so all others get what they would get without them.
+
+    Each output is a function of the inputs up to it. Cut at multiples of `longctx.ops.LINEAR_CHUNK_SIZE` with
+    `num_segments=1`, attention itself gives the same bits as in one call; projections do as far as PyTorch's matrix
+    product does.
 
     Forward only: `longctx.linear_attention` has no backward yet. A backward pass raises NotImplementedError, and
     `decode` raises it unless it runs under `torch.no_grad()` or without parameters that require a gradient.
@@ -137,19 +140,25 @@ class LightningAttention(nn.Module):
         self.out_proj = nn.Linear(width, hidden_size, bias=bias)
 
     def forward(
-        self, x: Tensor, state: LightningState | None = None, *, num_segments: int = 0
+        self,
+        x: Tensor,
+        state: LightningState | None = None,
+        *,
+        attention_mask: Tensor | None = None,
+        num_segments: int = 0,
     ) -> tuple[Tensor, LightningState]:
-        state = self._checked(x, state)
-        q, k, v, u = self._project(x, state)
-        out, kv = linear_attention(q, k, v, self.log_decay, initial_state=state.kv, num_segments=num_segments)
-        return self._output(out, u), LightningState(kv=kv, num_tokens=state.num_tokens + x.shape[1])
+        state, mask = self._checked(x, state), _checked_mask(x, attention_mask)
+        q, k, v, u = self._project(x, state, mask)
+        log_decay = self._log_decay(mask)
+        out, kv = linear_attention(q, k, v, log_decay, initial_state=state.kv, num_segments=num_segments)
+        return self._output(out, u), LightningState(kv=kv, num_tokens=state.num_tokens + _num_tokens(x, mask))
 
-    def decode(self, x: Tensor, state: LightningState) -> Tensor:
+    def decode(self, x: Tensor, state: LightningState, *, attention_mask: Tensor | None = None) -> Tensor:
         """The outputs of the next tokens x `[batch, num_tokens, hidden_size]`; `state` takes them in, in place."""
-        state = self._checked(x, state)
-        q, k, v, u = self._project(x, state)
-        out = linear_attention_decode(q, k, v, self.log_decay, state.kv)
-        state.num_tokens += x.shape[1]
+        state, mask = self._checked(x, state), _checked_mask(x, attention_mask)
+        q, k, v, u = self._project(x, state, mask)
+        out = linear_attention_decode(q, k, v, self._log_decay(mask), state.kv)
+        state.num_tokens += _num_tokens(x, mask)
         return self._output(out, u)
 
     def new_state(self, batch: int) -> LightningState:
@@ -181,15 +190,26 @@ class LightningAttention(nn.Module):
         _require(legal, "state.num_tokens", rule, f"{tokens.dtype} {list(tokens.shape)}")
         return state
 
-    def _project(self, x: Tensor, state: LightningState) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """q, k, v [batch, heads, seqlen, head_dim] (keys twice as wide with LRPE) and u [batch, seqlen, width]."""
-        parts = cast(Tensor, self.qkvu_proj(x)).split(self.widths, dim=-1)
+    def _log_decay(self, mask: Tensor | None) -> Tensor:
+        """`[num_heads]`, or `[batch, num_heads, seqlen]` where padding must not age the state."""
+        return self.log_decay if mask is None else torch.where(mask[:, None], self.log_decay[:, None], 0.0)
+
+    def _project(self, x: Tensor, state: LightningState, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """q, k, v [batch, heads, seqlen, head_dim] (keys twice as wide with LRPE) and u [batch, seqlen, width].
+
+        All are 0 at padding.
+        """
+        projected = cast(Tensor, self.qkvu_proj(x))
+        if mask is not None:
+            projected = projected.masked_fill(~mask[..., None], 0.0)
+        parts = projected.split(self.widths, dim=-1)
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in parts[:3])
         q, k = silu(q), silu(k)
         if self.variant == "minimax":
             v = silu(v)
         if self.lrpe is not None:
-            positions = state.num_tokens[:, None] + torch.arange(x.shape[1], device=x.device)
+            steps = torch.arange(x.shape[1], device=x.device) if mask is None else mask.cumsum(1) - 1
+            positions = state.num_tokens[:, None] + steps
             q, k = self.lrpe(q, positions), self.lrpe(k, positions)
         return q, k, v, parts[3]
 
@@ -210,6 +230,21 @@ class LightningAttention(nn.Module):
     def extra_repr(self) -> str:
         heads = f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, head_dim={self.head_dim}"
         return f"{self.hidden_size}, {heads}, variant={self.variant!r}"
+
+
+def _checked_mask(x: Tensor, attention_mask: Tensor | None) -> Tensor | None:
+    """As bool."""
+    if attention_mask is None:
+        return None
+    legal = attention_mask.shape == x.shape[:2] and not attention_mask.is_floating_point()
+    rule = f"be bool or integers of shape [batch, seqlen] = {list(x.shape[:2])}"
+    _require(legal, "attention_mask", rule, f"{attention_mask.dtype} {list(attention_mask.shape)}")
+    return attention_mask.bool()
+
+
+def _num_tokens(x: Tensor, mask: Tensor | None) -> Tensor | int:
+    """How many tokens of each sequence are not padding."""
+    return x.shape[1] if mask is None else mask.sum(1)
 
 
 def _require(ok: bool, argument: str, rule: str, got: object) -> None:

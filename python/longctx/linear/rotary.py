@@ -41,9 +41,16 @@ class LRPE(nn.Module):
 
     def __init__(self, num_heads: int, head_dim: int, *, base: float = 10000.0) -> None:
         super().__init__()
-        exponent = -2.0 / (num_heads * head_dim) * torch.arange(num_heads * head_dim, dtype=torch.float64)
-        theta = (base**exponent).to(torch.get_default_dtype()).view(num_heads, 1, head_dim)
-        self.theta = nn.Parameter(theta)
+        self.base = base
+        self.theta = nn.Parameter(torch.empty(num_heads, 1, head_dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Back to the initial `theta`."""
+        exponent = torch.arange(self.theta.numel(), dtype=torch.float64, device=self.theta.device)
+        initial = self.base ** (-2.0 / self.theta.numel() * exponent)
+        with torch.no_grad():
+            self.theta.copy_(initial.view_as(self.theta))
 
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:
         num_heads, _, head_dim = self.theta.shape
