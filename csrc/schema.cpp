@@ -47,14 +47,16 @@ STABLE_TORCH_LIBRARY(longctx, m) {
   define(m,
          "linear_attention(Tensor q, Tensor k, Tensor v, Tensor? log_decay=None, "
          "Tensor? initial_state=None, Tensor? cu_seqlens=None, float scale=1.0, bool causal=True, "
-         "bool normalize=False, float eps=1e-6, int num_segments=0) -> (Tensor, Tensor)");
+         "bool normalize=False, float eps=1e-6, int num_segments=0, bool reverse=False, "
+         "bool wide_out=False) -> (Tensor, Tensor)");
   define(m,
          "linear_attention_decode(Tensor q, Tensor k, Tensor v, Tensor? log_decay, "
          "Tensor(a!) state, Tensor? state_indices=None, Tensor? commit=None, float scale=1.0, "
          "bool normalize=False, float eps=1e-6) -> Tensor");
   define(m,
          "linear_attention_states(Tensor k, Tensor v, Tensor? log_decay=None, "
-         "Tensor? initial_state=None, Tensor? cu_seqlens=None, bool normalize=False) -> Tensor");
+         "Tensor? initial_state=None, Tensor? cu_seqlens=None, bool normalize=False, "
+         "bool reverse=False) -> Tensor");
   define(m, "merge_states(Tensor out, Tensor lse, Tensor? lse_override=None) -> (Tensor, Tensor)");
   define(m,
          "select_blocks(Tensor scores, str method=\"top_k\", float value=0.0, "

@@ -258,6 +258,12 @@ def linear_cross(dtype: torch.dtype) -> Call:
     }
 
 
+def linear_reversed(dtype: torch.dtype) -> Call:
+    sizes = {"num_q_heads": 6, "num_kv_heads": 3, "seqlen_q": 150, "seqlen_k": 150, "head_dim_v": 24}
+    call = linear(dtype, decay=(2, 6, 150), num_states=2, seed=70, **sizes)
+    return call | {"scale": 0.3, "num_segments": 2, "reverse": True, "wide_out": True}
+
+
 def without(call: Callable[[torch.dtype], Call], *names: str) -> Callable[[torch.dtype], Call]:
     return lambda dtype: {name: value for name, value in call(dtype).items() if name not in names}
 
@@ -504,6 +510,7 @@ CASES = {
                 "all_options": linear_all_options,
                 "packed": linear_packed,
                 "cross": linear_cross,
+                "reversed": linear_reversed,
             },
             illegal=LINEAR_OPTIONS | {"num_segments": (-1, -INT64_MAX)},
             extreme={"scale": (0.0, -1.0), "eps": (0.0, 1e30), "num_segments": (INT32_MAX, INT64_MAX)},
@@ -521,6 +528,7 @@ CASES = {
                 "plain": without(linear_plain, "q"),
                 "all_options": without(linear_all_options, "q", "scale", "eps", "num_segments"),
                 "packed": without(linear_packed, "q"),
+                "reversed": without(linear_reversed, "q", "scale", "num_segments", "wide_out"),
             },
             legal_changes=frozenset({"packed: k.size(3)+1", "packed: v.size(3)+1", "packed: cu_seqlens.size(0)+1"}),
             growing={"k": 2, "v": 2},

@@ -2,6 +2,7 @@
 // Attention-2, Qin et al., 2024). A work item is a segment of a (sequence, head): a sweep over its
 // chunks with the state in the L2 cache. Where heads are fewer than threads, the states of segments
 // are computed first, each from zero, and scanned; then every segment knows where it starts.
+// Reversed, the sweep steps from the last chunk to the first, and a chunk is its rows backwards.
 // Non-causal attention without decay is one state for all rows; with decay it is a sweep forwards
 // and one backwards, which keeps its rows until the other one adds them.
 #include <algorithm>
@@ -13,6 +14,7 @@
 #include "flush_subnormals.h"
 #include "kernels.h"
 #include "linear_engine.h"
+#include "linear_items.h"
 #include "linear_weights.h"
 #include "longctx/sequence.h"
 #include "parallel.h"
@@ -21,23 +23,7 @@
 namespace longctx::cpu {
 namespace {
 
-constexpr int64_t kMinSegmentChunks = 16;  // below, the states of segments cost more than they save
 constexpr int64_t kStreamedBytes = 8 << 20;  // of out: more than an L2 cache keeps for its reader
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-int64_t element_size(DType dtype) {
-  return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
-}
-
-struct Item {
-  Sequence seq;
-  int64_t sequence;
-  int64_t head;
-  int64_t first_chunk, last_chunk;  // of the sequence
-  int64_t segment_state;            // where it starts, in the states of segments; -1: initial_state
-  int64_t chunk_row;                // of the sequence's first chunk in chunk_states
-  bool last;                        // ends the sequence
-};
 
 template <class T>
 class LinearSweep {
@@ -46,7 +32,8 @@ class LinearSweep {
       : params_(params),
         engine_(choose_linear_engine<T>(params.dtype, active_isa())),
         shape_{params.head_dim, params.head_dim_v, params.normalize},
-        state_size_(params.head_dim * params.state_dim()) {}
+        state_size_(params.head_dim * params.state_dim()),
+        out_size_(params.wide_out ? static_cast<int64_t>(sizeof(T)) : element_size(params.dtype)) {}
 
   void run() {
     if (wants_rows()) prefer_huge_pages(params_.out.data, out_bytes());
@@ -116,15 +103,13 @@ class LinearSweep {
     std::vector<T> kept;
   };
 
-  const char* row_at(const TensorView& view, int64_t batch, int64_t head, int64_t row) const {
-    return static_cast<const char*>(view.data) +
-           (batch * view.batch_stride + head * view.head_stride + row * view.seq_stride) *
-               element_size(params_.dtype);
+  char* out_at(int64_t batch, int64_t head, int64_t row) const {
+    return const_cast<char*>(row_at(params_.out, out_size_, batch, head, row));
   }
   T* state_at(const void* states, int64_t index) const {
     return static_cast<T*>(const_cast<void*>(states)) + index * state_size_;
   }
-  const T* initial_state(const Item& item) const {
+  const T* initial_state(const LinearItem& item) const {
     if (item.segment_state >= 0) return segment_states_.get() + item.segment_state * state_size_;
     if (params_.initial_state == nullptr) return nullptr;
     return state_at(params_.initial_state, item.sequence * params_.num_q_heads + item.head);
@@ -145,117 +130,101 @@ class LinearSweep {
     for (int64_t s = 0; s < num_seqs; ++s) partition &= offsets[s] <= offsets[s + 1];
     for (int64_t head = 0; !partition && head < params_.num_q_heads; ++head) {
       for (int64_t row = 0; row < params_.seqs.seqlen_q; ++row) {
-        std::memset(const_cast<char*>(row_at(params_.out, 0, head, row)), 0,
-                    params_.head_dim_v * element_size(params_.dtype));
+        std::memset(out_at(0, head, row), 0, params_.head_dim_v * out_size_);
       }
     }
-  }
-
-  int64_t segments_of(int64_t num_chunks) const {
-    if (!params_.causal) return 1;
-    int64_t wanted = params_.num_segments;
-    if (wanted == 0) {
-      const int64_t sweeps = std::max<int64_t>(params_.seqs.num_seqs * params_.num_q_heads, 1);
-      wanted = std::min(thread_pool().num_threads() / sweeps, num_chunks / kMinSegmentChunks);
-    }
-    return std::max<int64_t>(std::min(wanted, num_chunks), 1);
   }
 
   void make_items() {
-    int64_t chunk_row = 0, num_states = 0;
-    for (int64_t s = 0; s < params_.seqs.num_seqs; ++s) {
-      const Sequence seq = sequence_at(params_.seqs, s);
-      if (params_.seqs.cu_seqlens_k == nullptr) chunk_row = 0;
-      const int64_t num_chunks = ceil_div(seq.k_len, kLinearChunk);
-      const int64_t segments = segments_of(num_chunks);
-      for (int64_t head = 0; head < params_.num_q_heads; ++head) {
-        for (int64_t i = 0; i < segments; ++i) {
-          items_.push_back({seq, s, head, num_chunks * i / segments,
-                            num_chunks * (i + 1) / segments, segments > 1 ? num_states++ : -1,
-                            chunk_row, i + 1 == segments});
-        }
-      }
-      chunk_row += num_chunks;
-    }
+    int64_t num_states = 0;
+    items_ = linear_items(params_, num_states);
     if (num_states > 0) segment_states_.reset(new T[num_states * state_size_]);
   }
 
-  // The keys and, with rows, the queries of a chunk; counts may be 0.
-  LinearChunk chunk_at(const Item& item, int64_t chunk, bool rows, bool keys) const {
-    const int64_t first = chunk * kLinearChunk;
-    const int64_t kv_head = item.head / (params_.num_q_heads / params_.num_kv_heads);
-    const auto count = [&](int64_t length) {
-      return std::min<int64_t>(std::max<int64_t>(length - first, 0), kLinearChunk);
-    };
-    LinearChunk result;
-    result.num_rows = rows ? count(item.seq.q_len) : 0;
-    result.num_keys = keys ? count(item.seq.k_len) : 0;
-    if (result.num_rows > 0) {
-      result.q = row_at(params_.q, item.seq.batch_index, item.head, item.seq.q_begin + first);
-      result.q_stride = params_.q.seq_stride;
-    }
-    if (result.num_keys > 0) {
-      result.k = row_at(params_.k, item.seq.batch_index, kv_head, item.seq.k_begin + first);
-      result.v = row_at(params_.v, item.seq.batch_index, kv_head, item.seq.k_begin + first);
-      result.k_stride = params_.k.seq_stride;
-      result.v_stride = params_.v.seq_stride;
-    }
-    return result;
-  }
-
-  void begin(const Item& item, Thread& t) const {
+  void begin(const LinearItem& item, Thread& t) const {
     t.weights->begin(params_, item.seq.batch_index, item.head, params_.causal);
   }
-  int64_t token_at(const Item& item, int64_t chunk) const {
-    return item.seq.k_begin + chunk * kLinearChunk;
-  }
-
-  LinearOutput<T> output_at(const Item& item, int64_t chunk, const T* more) const {
-    const char* out = row_at(params_.out, item.seq.batch_index, item.head,
-                             item.seq.q_begin + chunk * kLinearChunk);
-    return {
-        const_cast<char*>(out),        params_.out.seq_stride,      more,
-        static_cast<T>(params_.scale), static_cast<T>(params_.eps), out_bytes() >= kStreamedBytes};
+  LinearOutput<T> output_at(const LinearItem& item, int64_t step, const T* more) const {
+    const int64_t first = chunk_of(params_, item, step) * kLinearChunk;
+    int64_t row = first, stride = params_.out.seq_stride;
+    if (params_.reverse) {
+      row = std::min<int64_t>(first + kLinearChunk, item.seq.q_len) - 1;
+      stride = -stride;
+    }
+    return {out_at(item.seq.batch_index, item.head, item.seq.q_begin + row),
+            stride,
+            more,
+            static_cast<T>(params_.scale),
+            static_cast<T>(params_.eps),
+            out_bytes() >= kStreamedBytes};
   }
   // out is contiguous.
   int64_t out_bytes() const {
     return params_.seqs.batch * params_.num_q_heads * params_.seqs.seqlen_q * params_.head_dim_v *
-           element_size(params_.dtype);
+           out_size_;
   }
 
-  void write_final_state(const Item& item, const Thread& t) const {
+  void attend(const LinearChunk& rows, const ChunkWeights<T>& weights, Thread& t,
+              const LinearOutput<T>& output, T* acc) const {
+    const bool wide = params_.wide_out && out_size_ != element_size(params_.dtype);
+    const bool here = wide && output.out != nullptr;
+    engine_.attend(shape_, rows, t.packed, weights, t.state, here ? LinearOutput<T>{} : output,
+                   acc);
+    if (here) write_wide(acc, rows.num_rows, output);
+  }
+
+  // Engines write outputs in the dtype of their inputs.
+  void write_wide(const T* acc, int64_t num_rows, const LinearOutput<T>& output) const {
+    const int64_t stride = engine_.acc_stride(shape_), columns = params_.head_dim_v;
+    for (int64_t i = 0; i < num_rows; ++i, acc += stride) {
+      T* out = static_cast<T*>(output.out) + i * output.out_stride;
+      const T* more = output.more != nullptr ? output.more + i * stride : nullptr;
+      T scale = output.scale;
+      if (params_.normalize) {
+        scale /= acc[columns] + (more != nullptr ? more[columns] : T(0)) + output.eps;
+      }
+      if (more != nullptr) {
+        for (int64_t c = 0; c < columns; ++c) out[c] = (acc[c] + more[c]) * scale;
+      } else {
+        for (int64_t c = 0; c < columns; ++c) out[c] = acc[c] * scale;
+      }
+    }
+  }
+
+  void write_final_state(const LinearItem& item, const Thread& t) const {
     if (!item.last || params_.final_state == nullptr) return;
     engine_.store_state(
         shape_, t.state,
         state_at(params_.final_state, item.sequence * params_.num_q_heads + item.head));
   }
 
-  void causal(const Item& item, Thread& t) const {
+  void causal(const LinearItem& item, Thread& t) const {
     begin(item, t);
     const T* initial = initial_state(item);
     engine_.load_state(shape_, initial, t.state);
     bool zero = initial == nullptr;
-    for (int64_t chunk = item.first_chunk; chunk < item.last_chunk; ++chunk) {
-      LinearChunk rows = chunk_at(item, chunk, wants_rows(), true);
-      const LinearChunk next = chunk_at(item, chunk + 1, wants_rows(), true);
-      if (chunk + 1 < item.last_chunk) rows.next = &next;
+    for (int64_t step = item.first_step; step < item.last_step; ++step) {
+      LinearChunk rows = chunk_at(params_, item, step, wants_rows(), true), next;
+      if (step + 1 < item.last_step) {
+        next = chunk_at(params_, item, step + 1, wants_rows(), true);
+        rows.next = &next;
+      }
       engine_.pack(shape_, rows, t.packed);
-      ChunkWeights<T> weights = t.weights->forward(token_at(item, chunk), rows.num_keys);
+      ChunkWeights<T> weights = t.weights->forward(token_at(params_, item, step), rows.num_keys);
       if (wants_rows()) {
         if (zero) weights.rows = nullptr;
-        engine_.attend(shape_, rows, t.packed, weights, t.state, output_at(item, chunk, nullptr),
-                       t.acc);
+        attend(rows, weights, t, output_at(item, step, nullptr), t.acc);
       }
-      if (chunk + 1 == item.last_chunk && !item.last) break;  // the next segment has it already
+      if (step + 1 == item.last_step && !item.last) break;  // the next segment has it already
       engine_.update(shape_, rows, t.packed, weights, t.state);
       zero = false;
-      write_chunk_state(item, chunk, t);
+      write_chunk_state(item, step, t);
     }
     write_final_state(item, t);
   }
 
-  void write_chunk_state(const Item& item, int64_t chunk, const Thread& t) const {
-    const int64_t row = item.chunk_row + chunk;
+  void write_chunk_state(const LinearItem& item, int64_t step, const Thread& t) const {
+    const int64_t row = item.chunk_row + chunk_of(params_, item, step);
     if (params_.chunk_states == nullptr || row >= params_.num_chunks) return;
     const int64_t head = item.seq.batch_index * params_.num_q_heads + item.head;
     engine_.store_state(shape_, t.state,
@@ -263,46 +232,49 @@ class LinearSweep {
   }
 
   // The state of a segment's own keys, where the next segment starts until scan_segments.
-  void local_state(const Item& item, Thread& t) const {
+  void local_state(const LinearItem& item, Thread& t) const {
     begin(item, t);
     engine_.load_state(shape_, nullptr, t.state);
-    for (int64_t chunk = item.first_chunk; chunk < item.last_chunk; ++chunk) {
-      add_keys(item, chunk, t);
-    }
+    for (int64_t step = item.first_step; step < item.last_step; ++step) add_keys(item, step, t);
     engine_.store_state(shape_, t.state,
                         segment_states_.get() + (item.segment_state + 1) * state_size_);
   }
 
-  void add_keys(const Item& item, int64_t chunk, Thread& t) const {
-    const LinearChunk keys = chunk_at(item, chunk, false, true);
+  void add_keys(const LinearItem& item, int64_t step, Thread& t) const {
+    const LinearChunk keys = chunk_at(params_, item, step, false, true);
     engine_.pack(shape_, keys, t.packed);
-    engine_.update(shape_, keys, t.packed, t.weights->forward(token_at(item, chunk), keys.num_keys),
-                   t.state);
+    engine_.update(shape_, keys, t.packed,
+                   t.weights->forward(token_at(params_, item, step), keys.num_keys), t.state);
   }
 
   void scan_segments() {
     const auto per_thread = [&] { return Thread(*this); };
     for_each_item(static_cast<int64_t>(items_.size()), per_thread, [&](int64_t first, Thread& t) {
-      if (items_[first].first_chunk != 0 || items_[first].segment_state < 0) return;
+      if (items_[first].first_step != 0 || items_[first].segment_state < 0) return;
       begin(items_[first], t);
       T* state = segment_states_.get() + items_[first].segment_state * state_size_;
-      const Item whole{{}, items_[first].sequence, items_[first].head, 0, 0, -1, 0, true};
+      const LinearItem whole{{}, items_[first].sequence, items_[first].head, 0, 0, -1, 0, true};
       const T* initial = initial_state(whole);
       for (int64_t i = 0; i < state_size_; ++i) state[i] = initial != nullptr ? initial[i] : T(0);
       for (int64_t index = first; !items_[index].last; ++index, state += state_size_) {
-        const Item& item = items_[index];
-        const T carry = static_cast<T>(std::exp(
-            t.weights->total(token_at(item, item.first_chunk), token_at(item, item.last_chunk))));
+        const LinearItem& item = items_[index];
+        const int64_t ends[] = {chunk_of(params_, item, item.first_step),
+                                chunk_of(params_, item, item.last_step - 1)};
+        const int64_t begin = std::min(ends[0], ends[1]) * kLinearChunk;
+        const int64_t end =
+            std::min<int64_t>((std::max(ends[0], ends[1]) + 1) * kLinearChunk, item.seq.k_len);
+        const T carry = static_cast<T>(
+            std::exp(t.weights->total(item.seq.k_begin + begin, item.seq.k_begin + end)));
         T* next = state + state_size_;
         for (int64_t i = 0; carry != 0 && i < state_size_; ++i) next[i] += carry * state[i];
       }
     });
   }
 
-  void without_decay(const Item& item, Thread& t) const {
+  void without_decay(const LinearItem& item, Thread& t) const {
     begin(item, t);
     engine_.load_state(shape_, initial_state(item), t.state);
-    for (int64_t chunk = 0; chunk < item.last_chunk; ++chunk) add_keys(item, chunk, t);
+    for (int64_t step = 0; step < item.last_step; ++step) add_keys(item, step, t);
     write_final_state(item, t);
     const int64_t num_chunks = ceil_div(item.seq.q_len, kLinearChunk);
     for (int64_t chunk = 0; chunk < num_chunks; ++chunk) {
@@ -310,23 +282,24 @@ class LinearSweep {
     }
   }
 
-  void attend_state(const Item& item, int64_t chunk, const ChunkWeights<T>& weights, Thread& t,
-                    const LinearOutput<T>& output, T* acc) const {
-    const LinearChunk rows = chunk_at(item, chunk, true, false);
+  void attend_state(const LinearItem& item, int64_t chunk, const ChunkWeights<T>& weights,
+                    Thread& t, const LinearOutput<T>& output, T* acc) const {
+    const LinearChunk rows = chunk_at(params_, item, chunk, true, false);
     engine_.pack(shape_, rows, t.packed);
-    engine_.attend(shape_, rows, t.packed, weights, t.state, output, acc);
+    attend(rows, weights, t, output, acc);
   }
 
-  void both_directions(const Item& item, Thread& t) const {
+  void both_directions(const LinearItem& item, Thread& t) const {
     begin(item, t);
     const int64_t row_chunks = ceil_div(item.seq.q_len, kLinearChunk);
-    const int64_t key_chunks = item.last_chunk;
+    const int64_t key_chunks = item.last_step;
     const int64_t kept_size = kLinearChunk * engine_.acc_stride(shape_);
     T* kept = t.keep(row_chunks * kept_size);
     engine_.load_state(shape_, nullptr, t.state);
     for (int64_t chunk = std::max(row_chunks, key_chunks) - 1; chunk >= 0; --chunk) {
-      const LinearChunk keys = chunk_at(item, chunk, false, true);
-      const ChunkWeights<T> weights = t.weights->backward(token_at(item, chunk), keys.num_keys);
+      const LinearChunk keys = chunk_at(params_, item, chunk, false, true);
+      const ChunkWeights<T> weights =
+          t.weights->backward(token_at(params_, item, chunk), keys.num_keys);
       if (chunk < row_chunks) {
         attend_state(item, chunk, weights, t, {}, kept + chunk * kept_size);
       }
@@ -336,12 +309,12 @@ class LinearSweep {
     }
     engine_.load_state(shape_, initial_state(item), t.state);
     for (int64_t chunk = 0; chunk < key_chunks; ++chunk) {
-      const LinearChunk rows = chunk_at(item, chunk, true, true);
+      const LinearChunk rows = chunk_at(params_, item, chunk, true, true);
       engine_.pack(shape_, rows, t.packed);
-      const ChunkWeights<T> weights = t.weights->forward(token_at(item, chunk), rows.num_keys);
+      const ChunkWeights<T> weights =
+          t.weights->forward(token_at(params_, item, chunk), rows.num_keys);
       if (rows.num_rows > 0) {
-        engine_.attend(shape_, rows, t.packed, weights, t.state,
-                       output_at(item, chunk, kept + chunk * kept_size), t.acc);
+        attend(rows, weights, t, output_at(item, chunk, kept + chunk * kept_size), t.acc);
       }
       engine_.update(shape_, rows, t.packed, weights, t.state);
     }
@@ -357,7 +330,8 @@ class LinearSweep {
   const LinearEngine<T>& engine_;
   const LinearShape shape_;
   const int64_t state_size_;
-  std::vector<Item> items_;
+  const int64_t out_size_;  // bytes of an element of out
+  std::vector<LinearItem> items_;
   std::unique_ptr<T[]> segment_states_;  // [segments][head_dim][state_dim]
 };
 

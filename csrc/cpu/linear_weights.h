@@ -31,11 +31,13 @@ class DecayWeights {
     head_ = head;
     causal_ = causal;
     filled_keys_ = -1;
+    if (params.log_decay.per_token) return;
     sum_chunk(0, kSize);
-    if (!params.log_decay.per_token) fill_pairs(kSize);
+    fill_pairs(kSize);
   }
 
-  // A causal chunk, or one whose rows see its own keys on both sides.
+  // A causal chunk, or one whose rows see its own keys on both sides. Reversed, its rows and keys
+  // count from its last token.
   ChunkWeights<T> forward(int64_t first_token, int64_t num_keys) {
     const bool per_token = params_->log_decay.per_token;
     if (per_token) {
@@ -43,10 +45,10 @@ class DecayWeights {
       fill_pairs(num_keys);
     }
     if (per_token || filled_keys_ != num_keys) {
-      const double last = num_keys > 0 ? sums_[num_keys - 1] : 0.0;
+      const double all = per_token ? chunk_sum_ : decay_at(0) * static_cast<double>(num_keys);
       fill(rows_, [&](int64_t i) { return sums_[i]; });
-      fill(keys_, [&](int64_t j) { return j < num_keys ? last - sums_[j] : 0.0; });
-      carry_ = static_cast<T>(std::exp(last));
+      fill(keys_, [&](int64_t j) { return j < num_keys ? all - sums_[j] : 0.0; });
+      carry_ = static_cast<T>(std::exp(all));
       filled_keys_ = num_keys;
     }
     return {pairs_, causal_, rows_, keys_, carry_};
@@ -65,13 +67,13 @@ class DecayWeights {
   // Rows `distance`, distance + 1, ... tokens after the last key.
   ChunkWeights<T> beyond(int64_t distance) {
     filled_keys_ = -1;
-    fill(rows_, [&](int64_t i) { return sums_[0] * static_cast<double>(distance + i); });
+    fill(rows_, [&](int64_t i) { return decay_at(0) * static_cast<double>(distance + i); });
     return {nullptr, false, rows_, nullptr, T(1)};
   }
 
   // The log decay over tokens [first, last).
   double total(int64_t first, int64_t last) const {
-    if (!params_->log_decay.per_token) return sums_[0] * static_cast<double>(last - first);
+    if (!params_->log_decay.per_token) return decay_at(0) * static_cast<double>(last - first);
     double sum = 0;
     for (int64_t token = first; token < last; ++token) sum += decay_at(token);
     return sum;
@@ -83,13 +85,19 @@ class DecayWeights {
                         params_->seqs.seqlen_k, token);
   }
 
-  // Sums up to and with each token; they stand still behind the last one.
+  // Sums up to and with each token, or, reversed, up to and without: a token decays the state that
+  // it meets, and backwards the one that it leaves. They stand still behind the last token.
   void sum_chunk(int64_t first_token, int64_t count) {
-    double sum = 0;
-    const bool per_token = params_->log_decay.per_token;
+    const int64_t own = params_->reverse ? 0 : 1;
+    chunk_sum_ = 0;
     for (int64_t i = 0; i < kSize; ++i) {
-      if (per_token && i < count) sum += decay_at(first_token + i);
-      sums_[i] = per_token ? sum : decay_at(0) * static_cast<double>(i + 1);
+      if (!params_->log_decay.per_token) {
+        sums_[i] = decay_at(0) * static_cast<double>(i + own);
+        continue;
+      }
+      const double before = chunk_sum_;
+      if (i < count) chunk_sum_ += decay_at(first_token + (own == 1 ? i : count - 1 - i));
+      sums_[i] = own == 1 ? chunk_sum_ : before;
     }
   }
 
@@ -124,11 +132,12 @@ class DecayWeights {
   bool causal_ = true;
   int64_t filled_keys_ = -1;  // rows_, keys_ and carry_ are those of a chunk of so many keys
   T carry_ = 1;
-  T* pairs_;             // [kSize][kSize]
-  T* rows_;              // [kSize]
-  T* keys_;              // [kSize]
-  double* sums_;         // [kSize]
-  double* differences_;  // [kSize][kSize]
+  double chunk_sum_ = 0;  // of a decay per token: all of the chunk
+  T* pairs_;              // [kSize][kSize]
+  T* rows_;               // [kSize]
+  T* keys_;               // [kSize]
+  double* sums_;          // [kSize]
+  double* differences_;   // [kSize][kSize]
 };
 
 }  // namespace longctx::cpu

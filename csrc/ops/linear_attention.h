@@ -68,7 +68,7 @@ std::tuple<Tensor, Tensor> linear_attention(const Tensor& q, const Tensor& k, co
                                             const OptionalTensor& initial_state,
                                             const OptionalTensor& cu_seqlens, double scale,
                                             bool causal, bool normalize, double eps,
-                                            int64_t num_segments) {
+                                            int64_t num_segments, bool reverse, bool wide_out) {
   const Checker check("linear_attention");
   LinearAttentionParams params;
   fill_query_key(check, q, k, params);
@@ -88,6 +88,10 @@ std::tuple<Tensor, Tensor> linear_attention(const Tensor& q, const Tensor& k, co
   params.seqs.seqlen_q = q.size(2);
   params.seqs.seqlen_k = k.size(2);
   params.causal = causal;
+  check.require(causal || !reverse, "reverse",
+                "be False unless `causal`: all keys have no direction", "True");
+  params.reverse = reverse;
+  params.wide_out = wide_out;
   params.normalize = normalize;
   check.finite("scale", scale);
   params.scale = scale;
@@ -103,7 +107,9 @@ std::tuple<Tensor, Tensor> linear_attention(const Tensor& q, const Tensor& k, co
   params.log_decay.data = data_of(decay);
   const OptionalTensor initial = contiguous(initial_state);
   params.initial_state = data_of(initial);
-  const Tensor out = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2), v.size(3)});
+  const Tensor out =
+      torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2), v.size(3)},
+                               wide_out ? state_type(params.dtype) : q.scalar_type());
   const Tensor final_state = torch::stable::new_empty(
       q, {params.seqs.num_seqs, params.num_q_heads, params.head_dim, params.state_dim()},
       state_type(params.dtype));

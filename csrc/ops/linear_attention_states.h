@@ -1,4 +1,4 @@
-// linear_attention_states: the states of linear_attention at the ends of its chunks.
+// linear_attention_states: the states of linear_attention between its chunks.
 #pragma once
 #include "ops/linear_attention.h"
 
@@ -7,7 +7,7 @@ namespace longctx {
 template <void (*run)(const LinearAttentionParams&)>
 Tensor linear_attention_states(const Tensor& k, const Tensor& v, const OptionalTensor& log_decay,
                                const OptionalTensor& initial_state,
-                               const OptionalTensor& cu_seqlens, bool normalize) {
+                               const OptionalTensor& cu_seqlens, bool normalize, bool reverse) {
   const Checker check("linear_attention_states");
   LinearAttentionParams params;
   params.dtype = check.floating("k", k);
@@ -21,6 +21,7 @@ Tensor linear_attention_states(const Tensor& k, const Tensor& v, const OptionalT
   params.head_dim = k.size(3);
   fill_values(check, k, v, params);
   params.normalize = normalize;
+  params.reverse = reverse;
   // Decays and states belong to query heads: they tell how many there are.
   params.num_q_heads = k.size(1);
   const auto take_heads = [&](const char* name, const OptionalTensor& tensor, int64_t dim) {

@@ -177,7 +177,8 @@ struct LinearAttentionParams {
   LogDecay log_decay;
   const void* initial_state = nullptr;  // [num_seqs, num_q_heads, head_dim, state_dim]; null: zero
   void* final_state = nullptr;          // like initial_state; null: not wanted
-  // [batch, num_q_heads, num_chunks, head_dim, state_dim]: the state after every chunk, or null.
+  // [batch, num_q_heads, num_chunks, head_dim, state_dim]: the state after every chunk (reverse:
+  // before it), or null.
   // Packed: a sequence owns the next ceil(length / kLinearChunk) chunks; the rest is zero.
   void* chunk_states = nullptr;
   int64_t num_chunks = 0;
@@ -186,7 +187,12 @@ struct LinearAttentionParams {
   int64_t head_dim = 0;
   int64_t head_dim_v = 0;
   bool causal = true;  // else every row sees every key, with weight exp(log_decay |i - j|)
+  // Causal from the other end: from the last token to the first S_t = R_{t+1} + k_t v_t^T and
+  // R_t = exp(log_decay_t) S_t; initial_state stands behind the last token, and R_t is the state
+  // before token t, the final one and those of chunks.
+  bool reverse = false;
   bool normalize = false;
+  bool wide_out = false;  // out is float (double for float64): accumulated rows, not rounded
   double scale = 1.0;
   double eps = 1e-6;
   int64_t num_segments = 0;  // per sequence, causal only; 0: chosen from shape and thread count

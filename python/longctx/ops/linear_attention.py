@@ -24,6 +24,8 @@ def linear_attention(
     initial_state: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     num_segments: int = 0,
+    reverse: bool = False,
+    wide_out: bool = False,
     validate: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Linear attention with a scalar decay per head, or per head and token.
@@ -32,7 +34,9 @@ def linear_attention(
     weight 1. With `normalize`, `z_t = exp(log_decay_t) * z_{t-1} + k_t` and
     `out_t = scale * q_t^T S_t / (q_t . z_t + eps)`. With `causal=False` every row sees every key, key `j`
     in row `i` with weight `exp(log_decay * |i - j|)` (positions count from 0 on both sides; the initial
-    state stands before position 0).
+    state stands before position 0). With `reverse` a causal sweep goes from the last token to the first:
+    `S_t = R_{t+1} + k_t v_t^T`, `out_t = scale * q_t^T S_t` and `R_t = exp(log_decay_t) * S_t`, from
+    `R_seqlen = initial_state` to the final state `R_0`.
 
     Args:
         q: `[batch, num_q_heads, seqlen_q, head_dim]`, float32, float64 (CPU), bfloat16 or float16. Any
@@ -53,11 +57,15 @@ def linear_attention(
         num_segments: causal only: sequences are cut into so many segments that run in parallel. 1 is one
             sweep; splitting a sequence on multiples of 64 tokens and passing the state on then gives the
             same bits as one call. 0 lets shape and thread count choose, which agrees to rounding.
+        reverse: causal only: row `i` sees keys from `i` on, with the weight that row `j` has for key `i`
+            forwards: the direction of gradients. Chunks stay counted from the first token.
+        wide_out: `out` is in the dtype of the states, not rounded to q's.
         validate: also check the values of log_decay and cu_seqlens (reads them).
 
     Returns:
-        `out [batch, num_q_heads, seqlen_q, head_dim_v]` in q's dtype, and the state after the last key,
-        like `initial_state`: pass it on to continue, or to `linear_attention_decode`.
+        `out [batch, num_q_heads, seqlen_q, head_dim_v]` in q's dtype, and the state after the last key
+        (`reverse`: before the first), like `initial_state`: pass it on to continue, or to
+        `linear_attention_decode`.
 
     Raises:
         ValueError: an argument is wrong; the message names the op, argument, rule and what was given.
@@ -83,7 +91,7 @@ def linear_attention(
         _validate.decays("linear_attention", "log_decay", log_decay)
         _validate.offsets("linear_attention", "cu_seqlens", cu_seqlens, k.shape[2])
     result: tuple[Tensor, Tensor] = torch.ops.longctx.linear_attention(
-        q, k, v, log_decay, initial_state, cu_seqlens, scale, causal, normalize, eps, num_segments
+        q, k, v, log_decay, initial_state, cu_seqlens, scale, causal, normalize, eps, num_segments, reverse, wide_out
     )
     return result
 
@@ -103,11 +111,16 @@ def _fake(
     scale: float = 1.0,
     causal: bool = True,
     normalize: bool = False,
-    *options: object,
+    eps: float = 1e-6,
+    num_segments: int = 0,
+    reverse: bool = False,
+    wide_out: bool = False,
 ) -> tuple[Tensor, Tensor]:
     num_seqs = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     state = (num_seqs, q.shape[1], q.shape[3], v.shape[3] + normalize)
-    return q.new_empty((*q.shape[:3], v.shape[3])), q.new_empty(state, dtype=state_dtype(q.dtype))
+    wide = state_dtype(q.dtype)
+    out = q.new_empty((*q.shape[:3], v.shape[3]), dtype=wide if wide_out else q.dtype)
+    return out, q.new_empty(state, dtype=wide)
 
 
 register_op("linear_attention", _fake)

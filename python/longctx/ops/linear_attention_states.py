@@ -1,4 +1,4 @@
-"""linear_attention_states: the states of linear_attention at the ends of its chunks."""
+"""linear_attention_states: the states of linear_attention between its chunks."""
 
 from __future__ import annotations
 
@@ -18,12 +18,14 @@ def linear_attention_states(
     normalize: bool = False,
     initial_state: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    reverse: bool = False,
     validate: bool = False,
 ) -> Tensor:
     """The state after every chunk of 64 tokens: points from which a prefix can be continued.
 
     `S_t = exp(log_decay_t) * S_{t-1} + k_t v_t^T`, as in `longctx.linear_attention`, at the last token of
-    every chunk. The bits are those of the sweep with `num_segments=1`.
+    every chunk. The bits are those of the sweep with `num_segments=1`. With `reverse`, the state `R_t` that
+    stands before the first token of every chunk in the reversed sweep.
 
     Args:
         k: `[batch, num_kv_heads, seqlen, head_dim]`, float32, float64 (CPU), bfloat16 or float16; any
@@ -36,12 +38,14 @@ def linear_attention_states(
         initial_state: float32 (float64 for float64) `[num_seqs, num_q_heads, head_dim, head_dim_v]`, or
             `[.., head_dim_v + 1]` with `normalize`; `None` is zero.
         cu_seqlens: int32 `[num_seqs + 1]`: sequences packed along the seqlen axis (`batch == 1`).
+        reverse: the sweep from the last token to the first, as in `longctx.linear_attention`.
         validate: also check the values of log_decay and cu_seqlens (reads them).
 
     Returns:
         `[batch, num_q_heads, num_chunks, head_dim, head_dim_v]` (`+ 1` with `normalize`), float32 (float64
-        for float64); entry `c` is the state after token `min(64 * (c + 1), seqlen)`. Packed, sequence `s`
-        owns the next `ceil(len_s / 64)` chunks of `ceil(seqlen / 64) + num_seqs`; the rest is zero.
+        for float64); entry `c` is the state after `min(64 * (c + 1), seqlen)` tokens; with `reverse`, the
+        state before token `64 * c`. Packed, sequence `s` owns the next `ceil(len_s / 64)` chunks of
+        `ceil(seqlen / 64) + num_seqs`; the rest is zero.
 
     Raises:
         ValueError: an argument is wrong; the message names the op, argument, rule and what was given.
@@ -65,7 +69,9 @@ def linear_attention_states(
     if validate:
         _validate.decays("linear_attention_states", "log_decay", log_decay)
         _validate.offsets("linear_attention_states", "cu_seqlens", cu_seqlens, k.shape[2])
-    result: Tensor = torch.ops.longctx.linear_attention_states(k, v, log_decay, initial_state, cu_seqlens, normalize)
+    result: Tensor = torch.ops.longctx.linear_attention_states(
+        k, v, log_decay, initial_state, cu_seqlens, normalize, reverse
+    )
     return result
 
 
@@ -76,6 +82,7 @@ def _fake(
     initial_state: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     normalize: bool = False,
+    reverse: bool = False,
 ) -> Tensor:
     num_heads = k.shape[1]
     if log_decay is not None:

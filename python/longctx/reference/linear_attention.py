@@ -23,6 +23,8 @@ def linear_attention(
     initial_state: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     num_segments: int = 0,
+    reverse: bool = False,
+    wide_out: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The recurrence, token by token; see `longctx.linear_attention`."""
     batch, num_heads, seqlen_q, head_dim = q.shape
@@ -33,18 +35,24 @@ def linear_attention(
     for s, seq in enumerate(sequences(batch, seqlen_q, k.shape[2], cu_seqlens, cu_seqlens)):
         length = seq.q_end - seq.q_begin
         q_rows = q[seq.batch, :, seq.q_begin : seq.q_end].double()
-        steps = list(_states(keys, values, decay, seq, _state_before(initial_state, s, keys, values)))
-        ends.append(steps[-1])
-        if causal:
-            after = steps[1:]
-        elif log_decay is None:
-            after = [steps[-1]] * length
+        state = _state_before(initial_state, s, keys, values)
+        if reverse:
+            after, decayed = _reversed_states(keys, values, decay, seq, state)
+            steps = [state, *decayed[::-1]]
         else:
-            after = _both_sides(steps, keys, values, decay, seq, length, log_decay)
+            steps = list(_states(keys, values, decay, seq, state))
+            if causal:
+                after = steps[1:]
+            elif log_decay is None:
+                after = [steps[-1]] * length
+            else:
+                after = _both_sides(steps, keys, values, decay, seq, length, log_decay)
+        ends.append(steps[-1])
         for i, state in enumerate(after):
             rows[seq.batch, :, seq.q_begin + i] = torch.einsum("hd,hde->he", q_rows[:, i], state)
     final = torch.stack(ends) if ends else rows.new_zeros(0, num_heads, head_dim, state_dim)
-    return _outputs(rows, v, scale, normalize, eps).to(q.dtype), _narrow(final, q.dtype)
+    out = _outputs(rows, v, scale, normalize, eps)
+    return _narrow(out, q.dtype) if wide_out else out.to(q.dtype), _narrow(final, q.dtype)
 
 
 def linear_attention_states(
@@ -55,8 +63,9 @@ def linear_attention_states(
     normalize: bool = False,
     initial_state: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    reverse: bool = False,
 ) -> Tensor:
-    """The state after every 64th and the last token of a sequence; see `longctx.linear_attention_states`."""
+    """The state after every 64th and the last token, or before every 64th; see `longctx.linear_attention_states`."""
     batch, num_heads, seqlen, head_dim = k.shape
     if log_decay is not None:
         num_heads = log_decay.shape[-2 if log_decay.dim() == 3 else -1]
@@ -69,10 +78,16 @@ def linear_attention_states(
     for s, seq in enumerate(sequences(batch, seqlen, seqlen, cu_seqlens, cu_seqlens)):
         row = 0 if cu_seqlens is None else row
         length = seq.k_end - seq.k_begin
-        for t, state in enumerate(_states(keys, values, decay, seq, _state_before(initial_state, s, keys, values))):
-            if t > 0 and (t % 64 == 0 or t == length):
-                states[seq.batch, :, row] = state
-                row += 1
+        start = _state_before(initial_state, s, keys, values)
+        if reverse:
+            _, decayed = _reversed_states(keys, values, decay, seq, start)
+            wanted = decayed[::64]
+        else:
+            after = list(_states(keys, values, decay, seq, start))[1:]
+            wanted = [state for t, state in enumerate(after, 1) if t % 64 == 0 or t == length]
+        for state in wanted:
+            states[seq.batch, :, row] = state
+            row += 1
     return _narrow(states, k.dtype)
 
 
@@ -138,6 +153,19 @@ def _states(keys: Tensor, values: Tensor, decay: Tensor, seq: Sequence, state: T
         step = keys[seq.batch, :, t, :, None] * values[seq.batch, :, t, None, :]
         state = decay[seq.batch, :, t, None, None] * state + step
         yield state
+
+
+def _reversed_states(
+    keys: Tensor, values: Tensor, decay: Tensor, seq: Sequence, state: Tensor
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Of every token of `seq`, where `state` stands behind the last: the state with it, and then decayed by it."""
+    with_token, decayed = [], []
+    for t in reversed(range(seq.k_begin, seq.k_end)):
+        step = keys[seq.batch, :, t, :, None] * values[seq.batch, :, t, None, :]
+        with_token.append(state + step)
+        state = decay[seq.batch, :, t, None, None] * with_token[-1]
+        decayed.append(state)
+    return with_token[::-1], decayed[::-1]
 
 
 def _both_sides(
