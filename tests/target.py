@@ -112,19 +112,32 @@ def storage_bytes(tensor: Tensor) -> Tensor:
     return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
 
 
-def through(device: str, run: Callable[..., Any]) -> Callable[..., Any]:
-    """`run` on copies of its tensors on `device`, its results brought back; fails where it writes into an input."""
+def written_arguments(op: Any) -> frozenset[int]:
+    """The places of the arguments that an op of torch.ops changes, by its schema."""
+    arguments = enumerate(op._schema.arguments)
+    return frozenset(place for place, argument in arguments if argument.alias_info and argument.alias_info.is_write)
+
+
+def through(device: str, run: Callable[..., Any], written: frozenset[int] = frozenset()) -> Callable[..., Any]:
+    """`run` on copies of its tensors on `device`, its results and the `written` arguments brought back.
+
+    Fails where it writes into another input.
+    """
 
     def call(*args: Any, **kwargs: Any) -> Any:
         pairs: list[tuple[Tensor, Tensor]] = []
+        changed: list[tuple[Tensor, Tensor]] = []
 
-        def there(value: Any) -> Any:
+        def there(value: Any, place: int | None = None) -> Any:
             if isinstance(value, Tensor):
-                pairs.append((value, moved(value, device)))
-                return pairs[-1][1]
+                (changed if place in written else pairs).append((value, moved(value, device)))
+                return (changed if place in written else pairs)[-1][1]
             return value
 
-        results = run(*map(there, args), **{key: there(value) for key, value in kwargs.items()})
+        positional = [there(value, place) for place, value in enumerate(args)]
+        results = run(*positional, **{key: there(value) for key, value in kwargs.items()})
+        for here, there_ in changed:
+            storage_bytes(here).copy_(storage_bytes(there_))
         for here, there_ in pairs:
             if here.untyped_storage().nbytes() <= MAX_COMPARED_BYTES:
                 assert torch.equal(storage_bytes(here), storage_bytes(there_).cpu()), "the op wrote into an input"
@@ -139,7 +152,8 @@ def through(device: str, run: Callable[..., Any]) -> Callable[..., Any]:
 def _replace(op: str) -> torch.library.Library:
     """Replaces the CPU kernel of `op` by its CUDA kernel, until the result is destroyed."""
     library = torch.library.Library("longctx", "IMPL")
-    library.impl(op, through("cuda", getattr(torch.ops.longctx, op).default), "CPU", allow_override=True)
+    run = getattr(torch.ops.longctx, op).default
+    library.impl(op, through("cuda", run, written_arguments(run)), "CPU", allow_override=True)
     return library
 
 

@@ -32,6 +32,20 @@ def test_through_gives_what_the_op_gives(case: CASES) -> None:  # type: ignore[v
     assert all(output.device.type == "cpu" for output in as_tuple(through(**call)))
 
 
+def test_through_brings_changed_arguments_back() -> None:
+    case = CASES["linear_attention_decode"]
+    op = torch.ops.longctx.linear_attention_decode.default
+    assert target.written_arguments(op) == {4}
+    call = case.calls["plain"](torch.float32)
+    inputs = [call[name] for name in ("q", "k", "v", "log_decay")]
+    options = (None, None, 1.0, False, 1e-6)
+    expected = call["state"].clone()
+    out = op(*inputs, expected, *options)
+    view = surround_with_nan(call["state"], layout="bshd")
+    assert_same_bits(target.through("cpu", op, target.written_arguments(op))(*inputs, view, *options), out)
+    assert_same_bits(view, expected)
+
+
 def test_through_notices_a_written_input() -> None:
     def op(tensor: torch.Tensor) -> torch.Tensor:
         tensor[..., -1] += 1.0

@@ -8,6 +8,7 @@ set(LONGCTX_CUDA_SOURCES
   csrc/cuda/block_scores.cu
   csrc/cuda/attention.cu
   csrc/cuda/instances.cpp
+  csrc/cuda/linear_attention_decode.cu
   csrc/cuda/merge_states.cu
   csrc/cuda/schedule.cu
   csrc/cuda/select_blocks.cu

@@ -2,6 +2,7 @@
 // A state whose lse is -inf saw no key and is not read. One warp per row: its lanes stand for
 // states while the weights are computed, then for columns. Reads every state once.
 #pragma once
+#include "cuda/columns.cuh"
 #include "device/thread.cuh"
 #include "longctx/params.h"
 
@@ -20,12 +21,6 @@ struct MergeParams {
   int64_t heads = 1;
   int64_t seqlen = 0;
   int64_t dim = 0;
-};
-
-// Neighbouring columns, in one memory access.
-template <class E, int count>
-struct alignas(sizeof(E) * count) Columns {
-  E values[count];
 };
 
 template <class T>

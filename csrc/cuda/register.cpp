@@ -17,6 +17,7 @@
 #include "ops/block_scores.h"
 #include "ops/block_sparse_attention.h"
 #include "ops/force_cuda_path.h"
+#include "ops/linear_attention_decode.h"
 #include "ops/merge_states.h"
 #include "ops/select_blocks.h"
 
@@ -137,6 +138,9 @@ STABLE_TORCH_LIBRARY_IMPL(longctx, CUDA, m) {
   m.impl("block_scores", TORCH_BOX(&OnDevice<&block_scores<cuda::run_block_scores_cuda>>::run));
   m.impl("block_sparse_attention",
          TORCH_BOX(&OnDevice<&block_sparse_attention<cuda::run_block_sparse_attention_cuda>>::run));
+  m.impl(
+      "linear_attention_decode",
+      TORCH_BOX(&OnDevice<&linear_attention_decode<cuda::run_linear_attention_decode_cuda>>::run));
   m.impl("merge_states", TORCH_BOX(&OnDevice<&merge_states<cuda::run_merge_states_cuda>>::run));
   m.impl("select_blocks", TORCH_BOX(&OnDevice<&select_blocks<cuda::run_select_blocks_cuda>>::run));
 }

@@ -6,6 +6,7 @@
 #include "ops/block_scores.h"
 #include "ops/block_sparse_attention.h"
 #include "ops/force_cuda_path.h"
+#include "ops/linear_attention_decode.h"
 #include "ops/merge_states.h"
 #include "ops/select_blocks.h"
 #include "simt.h"
@@ -68,6 +69,8 @@ STABLE_TORCH_LIBRARY_IMPL(longctx, CPU, m) {
   m.impl("block_scores", TORCH_BOX(&block_scores<run_block_scores_cuda>));
   m.impl("block_sparse_attention",
          TORCH_BOX(&block_sparse_attention<run_block_sparse_attention_cuda>));
+  m.impl("linear_attention_decode",
+         TORCH_BOX(&linear_attention_decode<run_linear_attention_decode_cuda>));
   m.impl("merge_states", TORCH_BOX(&merge_states<run_merge_states_cuda>));
   m.impl("select_blocks", TORCH_BOX(&select_blocks<run_select_blocks_cuda>));
 }
