@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+import importlib.util
 import re
 from pathlib import Path
 
@@ -19,6 +20,8 @@ PUBLIC = {
     **{f"prefill.{name}": getattr(prefill, name) for name in prefill.__all__},
     "info": longctx.info,
 }
+if importlib.util.find_spec("transformers") is not None:
+    PUBLIC |= {f"models.{name}": getattr(longctx.models, name) for name in longctx.models.__all__}
 
 
 @pytest.mark.parametrize("name", sorted(PUBLIC))

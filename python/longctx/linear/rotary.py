@@ -42,15 +42,15 @@ class LRPE(nn.Module):
     def __init__(self, num_heads: int, head_dim: int, *, base: float = 10000.0) -> None:
         super().__init__()
         self.base = base
-        self.theta = nn.Parameter(torch.empty(num_heads, 1, head_dim))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Back to the initial `theta`."""
-        exponent = torch.arange(self.theta.numel(), dtype=torch.float64, device=self.theta.device)
-        initial = self.base ** (-2.0 / self.theta.numel() * exponent)
+        wide = torch.promote_types(torch.get_default_dtype(), torch.float32)
+        self.theta = nn.Parameter(torch.empty(num_heads, 1, head_dim, dtype=wide))
         with torch.no_grad():
-            self.theta.copy_(initial.view_as(self.theta))
+            self.theta.copy_(self.initial_theta())
+
+    def initial_theta(self) -> Tensor:
+        """Float64 `[num_heads, 1, head_dim]`."""
+        exponent = torch.arange(self.theta.numel(), dtype=torch.float64, device=self.theta.device)
+        return (self.base ** (-2.0 / self.theta.numel() * exponent)).view_as(self.theta)
 
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:
         num_heads, _, head_dim = self.theta.shape
