@@ -83,7 +83,8 @@ def test_prefill_in_one_in_chunks_and_by_token(shape: str) -> None:
     model, ids = tiny(**SHAPES[shape]), tokens(2, 150)
     expected = model(ids, use_cache=False)
     assert getattr(expected, CACHE_NAME, None) is None
-    for pieces in ([150], [64, 64, 22], [70, 1, 0, MAX_DECODE_TOKENS, MAX_DECODE_TOKENS + 1, 62], [1] * 150):
+    few = MAX_DECODE_TOKENS
+    for pieces in ([150], [64, 64, 22], [70, 1, 0, few, few + 1, 78 - 2 * few], [1] * 150):
         cache, logits = LightningCache(), []
         for piece in ids.split(pieces, dim=1):
             outputs = model(piece, **{CACHE_NAME: cache})
