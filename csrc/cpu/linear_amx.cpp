@@ -243,20 +243,20 @@ struct AmxLinear {
             2 * blocks(shape) * kTileBytes};
   }
 
-  // Spreads the rows of the next chunk over `count` steps: a burst would take the line fill buffers
-  // from the tile loads.
-  static void prefetch(const LinearShape& shape, const LinearChunk* next, bool queries, bool keys,
-                       bool values, int64_t step, int64_t count) {
-    if (next == nullptr) return;
-    constexpr int64_t kBytes = sizeof(In);
-    const auto slice = [&](const void* data, int64_t stride, int64_t dim, int64_t rows) {
-      prefetch_rows(data, stride * kBytes, dim * kBytes, rows * step / count,
-                    rows * (step + 1) / count);
-    };
-    if (queries) slice(next->q, next->q_stride, shape.head_dim, next->num_rows);
-    if (keys) slice(next->k, next->k_stride, shape.head_dim, next->num_keys);
-    if (values) slice(next->v, next->v_stride, shape.head_dim_v, next->num_keys);
-  }
+  // The rows of the next chunk.
+  struct Ahead {
+    explicit Ahead(const LinearShape& shape, const LinearChunk* next) {
+      if (next == nullptr) return;
+      q = rows_of(next->q, next->q_stride, shape.head_dim, next->num_rows);
+      k = rows_of(next->k, next->k_stride, shape.head_dim, next->num_keys);
+      v = rows_of(next->v, next->v_stride, shape.head_dim_v, next->num_keys);
+    }
+    static RowPrefetch rows_of(const void* data, int64_t stride, int64_t dim, int64_t rows) {
+      constexpr int64_t kBytes = sizeof(In);
+      return {static_cast<const char*>(data), stride * kBytes, dim * kBytes, rows, 0};
+    }
+    RowPrefetch q, k, v;
+  };
 
   static void attend(const LinearShape& shape, const LinearChunk& chunk, const void* memory,
                      const ChunkWeights<float>& weights, const void* state_memory,
@@ -270,6 +270,7 @@ struct AmxLinear {
     };
     alignas(64) float inter[2][kSide * kSide], intra[2][kSide * kSide];
     int turn = 0;
+    Ahead ahead(shape, chunk.next);
     // p = pairs * q k^T
     const int64_t k_part = steps(shape) * 2 * kTileBytes;
     const int64_t p_rows = 2 * kNumParts * kHalves * kTileBytes;
@@ -280,7 +281,10 @@ struct AmxLinear {
         const Tiles k{packed.k_t + keys * kNumParts * k_part, kTileRow, kTileBytes, 2 * kTileBytes,
                       k_part};
         multiply_block<kNumParts>(query_tiles(shape, chunk, packed, half), k, steps(shape),
-                                  intra[turn], [&]() LONGCTX_ALWAYS_INLINE { scores.advance(); });
+                                  intra[turn], [&]() LONGCTX_ALWAYS_INLINE {
+                                    scores.advance();
+                                    ahead.q.advance();
+                                  });
         scores.finish();
         scores = {weights.pairs + half * kSide * kLinearChunk + keys * kSide, intra[turn],
                   packed.p + half * p_rows + keys * kTileBytes, 0};
@@ -292,13 +296,16 @@ struct AmxLinear {
     const bool direct = output.out != nullptr && output.more == nullptr && !shape.normalize;
     const int64_t part = 2 * blocks(shape) * kTileBytes;
     OutputBlock<In> rows;
-    const auto between = [&]() LONGCTX_ALWAYS_INLINE { rows.advance(); };
+    const auto between = [&]() LONGCTX_ALWAYS_INLINE {
+      rows.advance();
+      ahead.q.advance();
+      ahead.k.advance();
+      ahead.k.advance();
+    };
     for (int64_t block = 0; block < blocks(shape); ++block) {
       const Tiles s{state.tiles + block * 2 * kTileBytes, kTileRow, kTileBytes, kNumParts * part,
                     part};
       for (int64_t half = 0; half < halves; ++half, turn ^= 1) {
-        prefetch(shape, chunk.next, true, true, false, block * halves + half,
-                 blocks(shape) * halves);
         if (weights.rows != nullptr) {
           multiply_block<kNumParts>(query_tiles(shape, chunk, packed, half), s, steps(shape),
                                     inter[turn], between);
@@ -341,6 +348,14 @@ struct AmxLinear {
     alignas(64) float added[2][kSide * kSide];
     int turn = 0;
     StateBlock<kNumParts> sums;
+    Ahead ahead(shape, chunk.next);
+    if (chunk.q != nullptr) ahead.k.rows = 0;  // attend has had them
+    const auto between = [&]() LONGCTX_ALWAYS_INLINE {
+      sums.advance();
+      ahead.k.advance();
+      ahead.v.advance();
+      ahead.v.advance();
+    };
     for (int64_t step = 0; step < steps(shape); ++step) {
       char* weighted = packed.weighted + step % 2 * 2 * kNumParts * kHalves * kTileBytes;
       for (int64_t half = 0; half < key_halves; ++half) {
@@ -350,10 +365,8 @@ struct AmxLinear {
       const Tiles k{weighted, kTileRow, kNumParts * kHalves * kTileBytes, kTileBytes,
                     kHalves * kTileBytes};
       for (int64_t block = 0; block < blocks(shape); ++block, turn ^= 1) {
-        prefetch(shape, chunk.next, false, chunk.q == nullptr, true, step * blocks(shape) + block,
-                 steps(shape) * blocks(shape));
         multiply_block<kNumParts>(k, value_tiles(shape, packed, block), key_halves, added[turn],
-                                  [&]() LONGCTX_ALWAYS_INLINE { sums.advance(); });
+                                  between);
         sums.finish();
         sums = state_block(shape, state, step, block, weights.carry, added[turn]);
       }

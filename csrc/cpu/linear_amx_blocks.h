@@ -223,14 +223,25 @@ struct StateBlock {
   int64_t pair = kPairs;  // of rows, next
 };
 
-// Brings rows [first, last) of a row matrix into the L2 cache.
-inline void prefetch_rows(const void* data, int64_t stride_bytes, int64_t bytes, int64_t first,
-                          int64_t last) {
-  const char* row = static_cast<const char*>(data) + first * stride_bytes;
-  for (int64_t i = first; i < last; ++i, row += stride_bytes) {
-    for (int64_t at = 0; at < bytes; at += 64) _mm_prefetch(row + at, _MM_HINT_T1);
+// Brings rows into the L2 cache, a line at a time: a burst would take the line fill buffers from
+// the tile loads. Inlined, or GCC takes a function that only prefetches for one without effect.
+struct RowPrefetch {
+  LONGCTX_ALWAYS_INLINE void advance() {
+    if (rows == 0) return;
+    _mm_prefetch(row + at, _MM_HINT_T1);
+    at += 64;
+    if (at < bytes) return;
+    at = 0;
+    row += stride;
+    --rows;
   }
-}
+
+  const char* row = nullptr;  // next
+  int64_t stride = 0;         // bytes
+  int64_t bytes = 0;          // of a row
+  int64_t rows = 0;           // left
+  int64_t at = 0;             // of the row, next
+};
 
 }  // namespace
 }  // namespace longctx::cpu
