@@ -14,7 +14,7 @@
 #include "cuda/runtime.h"
 #include "cuda/schedule.h"
 #include "cuda/supported.h"
-#include "cuda/unowned_rows.cuh"
+#include "cuda/unowned_rows.h"
 #ifdef LONGCTX_SM90
 #include "cuda/sm90/attention.h"
 #endif
@@ -127,7 +127,7 @@ void require_supported_attention(const char* op, const AttentionParams& p) {
 }
 
 // Rows of the query axis that belong to no sequence: out = 0, lse = -inf.
-void fill_unowned_rows(const AttentionParams& p, const AttentionPlan& plan) {
+void fill_unowned(const AttentionParams& p, const AttentionPlan& plan) {
   if (p.seqs.cu_seqlens_q == nullptr) return;
   UnownedRows rows;
   rows.seqs = p.seqs;
@@ -141,10 +141,7 @@ void fill_unowned_rows(const AttentionParams& p, const AttentionPlan& plan) {
     rows.row_stride = p.out.seq_stride * element;
     rows.row_bytes = p.head_dim_v * element;
   }
-  const int64_t blocks = std::min<int64_t>(ceil_div(rows.num_maps * p.seqs.seqlen_q, 64), 512);
-  rows.num_warps = blocks * kUnownedWarps;
-  launch(plan.op, &fill_unowned_rows_kernel, dim3(static_cast<unsigned>(blocks)),
-         kUnownedWarps * device::kWarpSize, 0, rows);
+  fill_unowned_rows(plan.op, rows);
 }
 
 void launch_path(AttentionPath path, const AttentionParams& p, const BlockList* blocks,
@@ -217,7 +214,7 @@ void run(const char* op, const AttentionParams& p, const BlockList* blocks) {
   const Workspace partial_lse(states * static_cast<int64_t>(sizeof(float)));
   plan.partials = {partial_out.as<float>(), partial_lse.as<float>()};
 
-  fill_unowned_rows(p, plan);
+  fill_unowned(p, plan);
   launch_path(path, p, blocks, plan);
   if (plan.grid.num_splits > 1) merge(p, plan);
 }

@@ -77,30 +77,6 @@ struct AttentionShared {
   }
 };
 
-// Where a lane finds its rows of 16 x 16 blocks in tiles with kCols columns.
-template <int kCols>
-class MatrixLane {
- public:
-  // Offsets count from `base`, a multiple of 128 bytes before the tiles. The four matrices of a
-  // block go down its left half, then its right; or, if not `down`, along its upper half, then its
-  // lower.
-  LONGCTX_DEVICE MatrixLane(const char* base, bool down) : base_(base) {
-    const int lane = device::lane_index();
-    const int row = down ? lane % 16 : lane / 16 * 8 + lane % 8;
-    first_ = device::opaque(TileRows<kCols>::offset(row, down ? lane / 16 : lane / 8 % 2));
-  }
-  // The block at row `row`, a multiple of 8, and column 16 * step of the tile at `offset`.
-  LONGCTX_DEVICE const char* at(int offset, int row, int step) const {
-    // The chunk's lowest bit is the lane's own, so that an xor moves it within its 128 bytes.
-    return base_ + (first_ ^ step % 4 * 32) + offset + step / 4 * 128 +
-           row * TileRows<kCols>::kRowBytes;
-  }
-
- private:
-  const char* base_;
-  int first_;
-};
-
 // s += q k^T, of the warp's rows.
 template <class T, class Shared, int kHeadDim, int kRowTiles>
 LONGCTX_DEVICE void multiply_scores(const Shared& shared, int first_row,

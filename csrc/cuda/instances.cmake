@@ -8,12 +8,14 @@ set(LONGCTX_CUDA_SOURCES
   csrc/cuda/block_scores.cu
   csrc/cuda/attention.cu
   csrc/cuda/instances.cpp
+  csrc/cuda/linear_attention.cu
   csrc/cuda/linear_attention_decode.cu
   csrc/cuda/merge_states.cu
   csrc/cuda/schedule.cu
   csrc/cuda/select_blocks.cu
   csrc/cuda/sm90/attention_path.cu
-  csrc/cuda/sm90/tensor_map.cu)
+  csrc/cuda/sm90/tensor_map.cu
+  csrc/cuda/unowned_rows.cu)
 list(TRANSFORM LONGCTX_CUDA_SOURCES PREPEND ${CMAKE_SOURCE_DIR}/)
 
 # longctx_cuda_kernel(<kernel> <family> "<arguments>" DTYPES <dtype>... HEAD_DIMS <n>...)
@@ -41,6 +43,10 @@ longctx_cuda_kernel(attention sm_80 "${attention_arguments}"
 longctx_cuda_kernel(attention sm_90a "${attention_arguments}"
   DTYPES bfloat16 float16 HEAD_DIMS 64 128 256)
 longctx_cuda_kernel(attention_fp32 sm_80 "${attention_arguments}" DTYPES float32 HEAD_DIMS 64 128 256)
+
+longctx_cuda_kernel(linear_attention sm_80
+  "const longctx::LinearAttentionParams&, const longctx::cuda::LinearPass&"
+  DTYPES bfloat16 float16 HEAD_DIMS 64 128 256)
 
 # The two head_dims that most models have, each 16-bit dtype at one of them.
 set(LONGCTX_REPRESENTATIVE_INSTANCES bfloat16-128 float16-64 float32-64 float32-128)

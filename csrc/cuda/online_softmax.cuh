@@ -2,6 +2,7 @@
 // [row tile][column tile][4] of 16 x 8 products. A lane sees two rows of a row tile, `half` 0 and
 // 1, and the four lanes of a quad share them.
 #pragma once
+#include "cuda/fragments.cuh"
 #include "cuda/softcap.cuh"
 #include "cuda/visit.cuh"
 #include "device/mma.cuh"
@@ -17,20 +18,6 @@ struct RowStates {
   float reference[kRowTiles][2];  // maximum of s when last raised; -inf: nothing seen. Quad-wide
   float sum[kRowTiles][2];        // of the weights in this lane's columns
 };
-
-// Row of the warp's tile that the lane holds in `half` of row tile m.
-LONGCTX_DEVICE int own_row(int m, int half) { return 16 * m + 8 * half + device::lane_index() / 4; }
-// Column of the first of two elements that the lane holds in column tile n.
-LONGCTX_DEVICE int own_column(int n) { return 8 * n + 2 * (device::lane_index() % 4); }
-
-LONGCTX_DEVICE float quad_max(float x) {
-  x = fmaxf(x, device::shuffle_xor(x, 1));
-  return fmaxf(x, device::shuffle_xor(x, 2));
-}
-LONGCTX_DEVICE float quad_sum(float x) {
-  x += device::shuffle_xor(x, 1);
-  return x + device::shuffle_xor(x, 2);
-}
 
 // -inf, the reference of a row that has seen nothing, cannot be subtracted.
 LONGCTX_DEVICE float finite(float reference) { return fmaxf(reference, -FLT_MAX); }

@@ -58,28 +58,29 @@ LONGCTX_DEVICE void copy_elements(char* target, const uint16_t* row, int chunk, 
   *reinterpret_cast<Chunk*>(target) = loaded;
 }
 
-// Copies the key rows that `keys` names into `tile` [kTileKeys, kCols], zeros for dead slots. All
-// `kThreads` threads take part. `first_key` is the row of the sequence's first key.
-template <int kCols, int kThreads, int kTileKeys>
-LONGCTX_DEVICE void copy_keys(char* tile, const KeyTile<kTileKeys>& keys, const uint16_t* first_key,
-                              const SourceRows& source) {
+// Copies rows into `tile` [kRows, kCols], the first `dim` columns of each and zeros
+// behind. All `kThreads` threads take part. Tile row i is row position(i), an int32, from `first`;
+// if that is negative, zeros.
+template <int kCols, int kThreads, int kRows, class Position>
+LONGCTX_DEVICE void copy_rows(char* tile, const uint16_t* first_row, const SourceRows& source,
+                              int dim, const Position& position_of) {
   using Rows = TileRows<kCols>;
   // Threads that share a row: as many as divide its chunks, at most 16. A thread's rows are then a
   // multiple of 8 apart, and its chunk stands at the same place in each.
   constexpr int kLanes = Rows::kChunks % 16 == 0 ? 16 : Rows::kChunks % 8 == 0 ? 8 : 4;
   constexpr int kRowStep = kThreads / kLanes;
-  static_assert(kRowStep % 8 == 0 && kTileKeys % kRowStep == 0 && Rows::kChunks % kLanes == 0);
+  static_assert(kRowStep % 8 == 0 && kRows % kRowStep == 0 && Rows::kChunks % kLanes == 0);
   const int thread = device::opaque(device::thread_index());
   const int lane = thread % kLanes, own = thread / kLanes;
   if (source.aligned) {
-    const char* first = reinterpret_cast<const char*>(first_key + lane * kChunk);
+    const char* first = reinterpret_cast<const char*>(first_row + lane * kChunk);
 #pragma unroll
-    for (int row = own, i = 0; i < kTileKeys / kRowStep; row += kRowStep, ++i) {
-      const int32_t position = keys.positions[row];
+    for (int row = own, i = 0; i < kRows / kRowStep; row += kRowStep, ++i) {
+      const int32_t position = position_of(row);
       const char* from = first + uint64_t{static_cast<uint32_t>(position)} * source.row_bytes;
 #pragma unroll
       for (int chunk = lane, j = 0; j < Rows::kChunks / kLanes; chunk += kLanes, ++j) {
-        const bool live = position >= 0 && chunk * kChunk < source.dim;
+        const bool live = position >= 0 && chunk * kChunk < dim;
         device::copy_async_16(tile + Rows::offset(own, chunk) + i * kRowStep * Rows::kRowBytes,
                               from + j * kLanes * 16, live ? 16 : 0);
       }
@@ -87,14 +88,23 @@ LONGCTX_DEVICE void copy_keys(char* tile, const KeyTile<kTileKeys>& keys, const 
     return;
   }
 #pragma unroll 1
-  for (int row = own; row < kTileKeys; row += kRowStep) {
-    const int32_t position = keys.positions[row];
+  for (int row = own; row < kRows; row += kRowStep) {
+    const int32_t position = position_of(row);
 #pragma unroll 1
     for (int chunk = lane; chunk < Rows::kChunks; chunk += kLanes) {
-      copy_elements(tile + Rows::offset(row, chunk), first_key + position * source.row_stride,
-                    chunk, source.dim, position >= 0);
+      copy_elements(tile + Rows::offset(row, chunk), first_row + position * source.row_stride,
+                    chunk, dim, position >= 0);
     }
   }
+}
+
+// Copies the key rows that `keys` names into `tile` [kTileKeys, kCols], zeros for dead slots.
+// `first_key` is the row of the sequence's first key.
+template <int kCols, int kThreads, int kTileKeys>
+LONGCTX_DEVICE void copy_keys(char* tile, const KeyTile<kTileKeys>& keys, const uint16_t* first_key,
+                              const SourceRows& source) {
+  copy_rows<kCols, kThreads, kTileKeys>(tile, first_key, source, source.dim,
+                                        [&keys](int row) { return keys.positions[row]; });
 }
 
 // A warp copies its own kRows rows into `tile` [kRows, kCols]. Lane r brings the address of row

@@ -3,6 +3,8 @@
 #pragma once
 #include <cstdint>
 
+#include "longctx/config.h"
+
 namespace longctx {
 
 enum class DType : int32_t { kFloat32, kFloat64, kBFloat16, kFloat16 };
@@ -196,7 +198,7 @@ struct LinearAttentionParams {
   double scale = 1.0;
   double eps = 1e-6;
   int64_t num_segments = 0;  // per sequence, causal only; 0: chosen from shape and thread count
-  int64_t state_dim() const { return head_dim_v + (normalize ? 1 : 0); }
+  LONGCTX_HD int64_t state_dim() const { return head_dim_v + (normalize ? 1 : 0); }
 };
 
 // A few tokens at a time on a pool of states that is updated in place.
@@ -220,7 +222,7 @@ struct LinearAttentionDecodeParams {
   bool normalize = false;
   double scale = 1.0;
   double eps = 1e-6;
-  int64_t state_dim() const { return head_dim_v + (normalize ? 1 : 0); }
+  LONGCTX_HD int64_t state_dim() const { return head_dim_v + (normalize ? 1 : 0); }
 };
 
 }  // namespace longctx
