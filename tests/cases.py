@@ -45,6 +45,7 @@ class OpCase:
     legal_changes: frozenset[str] = frozenset()  # of those that test_bad_input makes, "<variant>: <change>"
     invalid: Mapping[str, Invalid] = field(default_factory=dict)  # why -> call
     differentiable: tuple[str, ...] = ()  # arguments that take a gradient
+    has_backward: bool = False  # else a gradient of `differentiable` raises
     growing: Mapping[str, int] = field(default_factory=dict)  # arguments of "plain" that may be longer along a dim
     any_strides: frozenset[str] = frozenset()  # arguments that need no contiguous last dim
     mutates: tuple[str, ...] = ()  # arguments that the op changes
@@ -519,7 +520,8 @@ CASES = {
             ),
             growing={"q": 2, "k": 2, "v": 2},
             invalid=INVALID_DECAYS | INVALID_LINEAR_SEQUENCES,
-            differentiable=("q", "k", "v", "log_decay"),
+            differentiable=("q", "k", "v", "log_decay", "initial_state"),
+            has_backward=True,
             any_strides=frozenset({"log_decay", "initial_state"}),
         ),
         OpCase(

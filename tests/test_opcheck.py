@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import target
-from cases import CASES, OpCase
+from cases import CASES, Call, OpCase
 from checks import as_tuple, assert_same_bits, record
 from test_conventions import for_every_call
 
@@ -79,7 +79,45 @@ def test_fake_kernel(case: OpCase, variant: str) -> None:
             assert (fake.shape, fake.dtype, fake.stride()) == (real.shape, real.dtype, real.stride())
 
 
-@pytest.mark.parametrize("case", [case for case in CASES.values() if case.differentiable], ids=lambda case: case.name)
+RAISING = [case for case in CASES.values() if case.differentiable and not case.has_backward]
+TRAINABLE = [
+    pytest.param(case, variant, id=f"{case.name}-{variant}")
+    for case in CASES.values()
+    if case.has_backward
+    for variant in case.calls
+]
+
+
+def requiring_gradients(case: OpCase, call: Call) -> tuple[Call, list[Tensor]]:
+    """`call` with its differentiable arguments as leaves, and these."""
+    leaves = {name: call[name].clone().requires_grad_() for name in case.differentiable if name in call}
+    return call | leaves, list(leaves.values())
+
+
+@pytest.mark.parametrize(("case", "variant"), TRAINABLE)
+def test_opcheck_with_gradients(case: OpCase, variant: str) -> None:
+    """AOT autograd traces the backward too, with fixed and with dynamic shapes."""
+    call, _ = requiring_gradients(case, target.native(case.calls[variant](case.dtypes[0])))
+    with Recorder() as recorder, torch.no_grad():
+        case.op(**call)
+    for func, args, kwargs in recorder.calls:
+        torch.library.opcheck(func, args, kwargs)
+
+
+@pytest.mark.parametrize(("case", "variant"), TRAINABLE)
+def test_compiled_gives_the_same_gradients(case: OpCase, variant: str) -> None:
+    compiled = torch.compile(case.op, fullgraph=True, backend="aot_eager")
+    for dtype in case.dtypes[:3]:
+        call = target.native(case.calls[variant](dtype))
+        gradients = []
+        for op in (compiled, case.op):
+            arguments, leaves = requiring_gradients(case, call)
+            loss = sum(output.double().square().sum() for output in as_tuple(op(**arguments)))
+            gradients.append(torch.autograd.grad(loss, leaves))
+        assert_same_bits(*gradients)
+
+
+@pytest.mark.parametrize("case", RAISING, ids=lambda case: case.name)
 def test_backward_raises_and_names_the_op(case: OpCase) -> None:
     for argument, dtype in itertools.product(case.differentiable, case.dtypes):
         call = target.native(next(iter(case.calls.values()))(dtype))

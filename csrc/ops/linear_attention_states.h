@@ -22,6 +22,7 @@ Tensor linear_attention_states(const Tensor& k, const Tensor& v, const OptionalT
   fill_values(check, k, v, params);
   params.normalize = normalize;
   params.reverse = reverse;
+  params.num_segments = 1;  // every chunk has a state to write, in one sweep
   // Decays and states belong to query heads: they tell how many there are.
   params.num_q_heads = k.size(1);
   const auto take_heads = [&](const char* name, const OptionalTensor& tensor, int64_t dim) {

@@ -1,6 +1,6 @@
 """Layers of linear attention models: decays, positions, norm, gated units, and attention between its projections.
 
-Forward only: `longctx.linear_attention`, on which `LightningAttention` rests, has no backward yet.
+All of them train: they are differentiable wherever `longctx.linear_attention` is. Decoding in place is not.
 """
 
 from __future__ import annotations

@@ -79,8 +79,9 @@ class LightningAttention(nn.Module):
     `num_segments=1`, attention itself gives the same bits as in one call; projections do as far as PyTorch's matrix
     product does.
 
-    Forward only: `longctx.linear_attention` has no backward yet. A backward pass raises NotImplementedError, and
-    `decode` raises it unless it runs under `torch.no_grad()` or without parameters that require a gradient.
+    It trains: the output is differentiable in x, the parameters and `state.kv`, and `state` in the same. `decode`
+    changes a state in place and has no gradient: it raises NotImplementedError unless it runs under `torch.no_grad()`
+    or without parameters that require a gradient.
 
     Example:
         >>> import torch

@@ -4,11 +4,11 @@ from longctx import _library
 
 _library.load()
 
+from longctx.ops._linear import CHUNK_SIZE as LINEAR_CHUNK_SIZE  # noqa: E402, F401
 from longctx.ops.attention import attention  # noqa: E402
 from longctx.ops.attention_mass import attention_mass  # noqa: E402
 from longctx.ops.block_scores import block_scores  # noqa: E402
 from longctx.ops.block_sparse_attention import block_sparse_attention  # noqa: E402
-from longctx.ops.linear_attention import CHUNK_SIZE as LINEAR_CHUNK_SIZE  # noqa: E402, F401
 from longctx.ops.linear_attention import linear_attention  # noqa: E402
 from longctx.ops.linear_attention_decode import linear_attention_decode  # noqa: E402
 from longctx.ops.linear_attention_states import linear_attention_states  # noqa: E402

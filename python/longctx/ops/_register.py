@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 
-def register_op(name: str, fake: Callable[..., Any], *, differentiable: bool = True) -> None:
-    """Registers the fake kernel of `longctx::<name>` and a backward that raises.
+class Gradient(Protocol):
+    """A module with a gradient rule: what `torch.library.register_autograd` takes."""
+
+    def setup_context(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None: ...
+
+    def backward(self, ctx: Any, *grads: Any) -> Any: ...
+
+
+def register_op(
+    name: str, fake: Callable[..., Any], *, gradient: Gradient | None = None, differentiable: bool = True
+) -> None:
+    """Registers the fake kernel of `longctx::<name>` and its gradient rule, or a backward that raises.
 
     Without a registered backward, autograd would return silently wrong gradients. torch takes none for
     an op that changes an argument: such an op is not `differentiable`, and its function refuses inputs
@@ -26,7 +36,9 @@ def register_op(name: str, fake: Callable[..., Any], *, differentiable: bool = T
         raise NotImplementedError(f"{qualified} has no backward yet; call it under torch.no_grad()")
 
     torch.library.register_fake(qualified, checked_fake)
-    if differentiable:
+    if gradient is not None:
+        torch.library.register_autograd(qualified, gradient.backward, setup_context=gradient.setup_context)
+    elif differentiable:
         torch.library.register_autograd(qualified, backward)
 
 

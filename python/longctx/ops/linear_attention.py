@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from longctx.ops import _validate
+from longctx.ops import _linear_backward, _validate
+from longctx.ops._linear import state_dtype
 from longctx.ops._register import register_op
-
-CHUNK_SIZE = 64  # tokens of a chunk on every backend: splits on its multiples resume bitwise
 
 
 def linear_attention(
@@ -73,7 +72,10 @@ def linear_attention(
     Cost: per token and head `64 * (head_dim + head_dim_v) + 4 * head_dim * head_dim_v` FLOPs; each input is
     read once, no state is kept per chunk. More than one segment adds the states of all but the last. All
     exponents are sums of log decays, so nothing overflows. Deterministic for a fixed thread count.
-    Gradients: none yet (raises NotImplementedError).
+    Gradients: of q, k, v, log_decay and initial_state through both outputs: three more sweeps like this one.
+    That of log_decay (0 where it is above 0 or `exp(log_decay)` is 0) adds two sweeps of states, which take the
+    heads in up to four slices: at most `head_dim * head_dim_v * 4 / 64` bytes a token and head. Differentiable
+    again, but for the gradient of log_decay.
     Source: Qin et al., "Lightning Attention-2" (arXiv 2401.04658); Katharopoulos et al., "Transformers are
     RNNs" (arXiv 2006.16236); a decay per token: Dao and Gu, "Mamba-2" (arXiv 2405.21060).
 
@@ -94,11 +96,6 @@ def linear_attention(
         q, k, v, log_decay, initial_state, cu_seqlens, scale, causal, normalize, eps, num_segments, reverse, wide_out
     )
     return result
-
-
-def state_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of the states of inputs in `dtype`."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _fake(
@@ -123,4 +120,4 @@ def _fake(
     return out, q.new_empty(state, dtype=wide)
 
 
-register_op("linear_attention", _fake)
+register_op("linear_attention", _fake, gradient=_linear_backward)

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from longctx.ops import _validate
+from longctx.ops._linear import CHUNK_SIZE, state_dtype
 from longctx.ops._register import register_op
-from longctx.ops.linear_attention import CHUNK_SIZE, state_dtype
 
 
 def linear_attention_states(
@@ -51,7 +51,7 @@ def linear_attention_states(
         ValueError: an argument is wrong; the message names the op, argument, rule and what was given.
 
     Cost: per token and head `2 * head_dim * head_dim_v` FLOPs; writes `head_dim * head_dim_v * 4 / 64` bytes.
-    Deterministic. Gradients: none yet (raises NotImplementedError).
+    Deterministic. Gradients: none (raises NotImplementedError).
     Source: Qin et al., "Lightning Attention-2" (arXiv 2401.04658).
 
     Example:
