@@ -222,3 +222,18 @@ def test_chunk_states_of_packed_sequences(isa: str, dtype: torch.dtype) -> None:
     assert relative_error(states, exact) <= TOLERANCE[dtype]
     assert not states[:, :, 7:].any()  # 2 + 0 + 3 + 2 chunks are owned
     assert states.shape[2] == 9
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_chunk_states_of_one_head_and_more_threads(reverse: bool) -> None:
+    """One sweep writes them all, where `linear_attention` would cut the sequence into segments."""
+    call = linear(torch.float32, decay=(1,), batch=1, num_q_heads=1, num_kv_heads=1, seqlen_q=4096, seqlen_k=4096)
+    del call["q"]
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        parallel = longctx.linear_attention_states(**call, reverse=reverse)
+        torch.set_num_threads(1)
+        assert_same_bits(parallel, longctx.linear_attention_states(**call, reverse=reverse))
+    finally:
+        torch.set_num_threads(before)
