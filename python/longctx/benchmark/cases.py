@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -322,6 +323,12 @@ def _linear_decode(length: int, dtype: torch.dtype) -> Contenders:
     return Contenders(run, 64 * 5.0 * 128 * 128, 2.0 * state.nbytes)
 
 
+def _minimax(length: int, dtype: torch.dtype) -> Contenders:
+    from longctx.benchmark.minimax import contenders
+
+    return contenders(length, dtype)
+
+
 def _partial(make: Callable[..., Contenders], **options: object) -> Callable[..., Contenders]:
     return functools.partial(make, **options)
 
@@ -384,3 +391,7 @@ CASES = [
     Case("64 heads, D=128", "linear_attention_decode", 1, BF16, _linear_decode, {"torch": (3.0, 8.0)}),
     Case("64 heads, D=128", "linear_attention_decode", 1, FP32, _linear_decode, {"torch": (3.0, 8.0)}),
 ]
+if importlib.util.find_spec("transformers") is not None:
+    goal = {"transformers": (4.0, 10.0)}
+    name = "MiniMax lightning layer without projections, 16 heads, D=128"
+    CASES += [Case(name, "linear_attention", 8192, dtype, _minimax, goal) for dtype in (BF16, FP32)]

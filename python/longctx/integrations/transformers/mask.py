@@ -64,6 +64,10 @@ def key_ranges_mask(
             "`attn_implementation='sdpa'` or 'flex_attention' for this model"
         )
     causal = allow_is_bidirectional_skip is None
+    if causal and attention_mask is not None and isinstance(q_offset, int):
+        # MiniMax's cache says that it is empty where its first layer is a linear one. The 2-D mask knows better.
+        unseen = max(0, attention_mask.shape[-1] - kv_offset - kv_length)
+        q_offset, kv_length = q_offset + unseen, kv_length + unseen
     if causal and isinstance(q_offset, int) and q_offset - kv_offset + q_length > kv_length:
         raise NotImplementedError(
             f"longctx: the cache returns {kv_length} keys from position {kv_offset}, fewer than the {q_length} queries "

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import ModuleType
 
 import torch
 from torch import nn
@@ -17,10 +20,14 @@ from longctx.prefill import PerLayer, Policy, get_policy
 
 # Where the text model keeps the implementation that `remove` restores.
 PREVIOUS = "_longctx_previous"
+# The one model whose linear attention is replaced too.
+MINIMAX = "transformers.models.minimax.modeling_minimax"
 
 
 def apply(model: PreTrainedModel, policy: str | Policy, *, min_seqlen_q: int = 1024) -> PreTrainedModel:
     """Runs the attention of a transformers model on longctx, prefill by `policy`.
+
+    The lightning layers of a MiniMax model run on `longctx.linear_attention`, whatever the policy.
 
     Args:
         model: any transformers model whose attention goes through `AttentionInterface`. Of a multimodal model, the
@@ -61,6 +68,9 @@ def apply(model: PreTrainedModel, policy: str | Policy, *, min_seqlen_q: int = 1
     for name, module in layers.items():
         state = LayerState(per_layer[name], min_seqlen_q, rope if needs_rope[name] else None)
         setattr(module, STATE, state)
+    minimax = _minimax()
+    if minimax is not None:
+        minimax.switch(text_model, on=True)
     return model
 
 
@@ -69,6 +79,9 @@ def remove(model: PreTrainedModel) -> PreTrainedModel:
     for module in model.modules():
         for attribute in (STATE, FORWARD_STATE):
             module.__dict__.pop(attribute, None)
+    minimax = _minimax()
+    if minimax is not None:
+        minimax.switch(model, on=False)
     text_model = _text_model(model)
     previous = text_model.__dict__.pop(PREVIOUS, None)
     if previous is not None:
@@ -146,6 +159,12 @@ def _attention_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
         and hasattr(module, "layer_idx")
         and getattr(module, "config", None) is text_config
     }
-    if not layers:
+    minimax = _minimax()
+    if not layers and not (minimax and minimax.count(model)):
         raise ValueError(f"longctx: {type(model).__name__} has no layers that transformers' AttentionInterface serves")
     return layers
+
+
+def _minimax() -> ModuleType | None:
+    """The adapter for MiniMax; None where transformers' own is not imported, so that no model can be one."""
+    return importlib.import_module("longctx.integrations.transformers.minimax") if MINIMAX in sys.modules else None
