@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 import target
 
 target.name = "cuda"  # before `cases` asks which dtypes a GPU takes
-from cases import CASES, Call, int32, qkv, random_blocks  # noqa: E402
+from cases import CASES, Call, int32, linear, qkv, random_blocks  # noqa: E402
 from checks import as_tuple, in_float64  # noqa: E402
 
 ALLOWED_RATIO = 4.0  # of the error to twice that of the CPU kernel and a unit in the last place
@@ -88,6 +88,58 @@ def attention_smokes(device: str) -> Iterator[Smoke]:
                     yield Smoke(f"{kernel} {short(dtype)} {head_dim} {op}: {name}", op, make, path)
 
 
+def linear_calls(dtype: torch.dtype, head_dim: int) -> Iterator[tuple[str, str, Callable[[], Call]]]:
+    """From one chunk without a decay to all that a sweep can meet."""
+
+    def make(length: int, decay: tuple[int, ...], heads: int = 1, batch: int = 1, **options: Any) -> Call:
+        sizes = {"batch": batch, "num_q_heads": heads, "num_kv_heads": max(1, heads // 2), "head_dim": head_dim}
+        return linear(dtype, decay=decay, seqlen_q=length, seqlen_k=length, **sizes, **options)
+
+    def decoded(tokens: int, normalize: bool, **options: Any) -> Call:
+        call = make(tokens, (2, 4, tokens), heads=4, batch=2, num_states=3, normalize=normalize)
+        slots = {"state": call.pop("initial_state"), "state_indices": int32(2, 0), "normalize": normalize}
+        return call | slots | options
+
+    name = "linear_attention"
+    yield "one chunk, no decay", name, lambda: make(64, (1,)) | {"log_decay": None}
+    yield "one chunk", name, lambda: make(64, (1,))
+    yield "several chunks, state", name, lambda: make(256, (1,), num_states=1) | {"num_segments": 1}
+    yield "odd length, heads 4/2", name, lambda: make(301, (4,), heads=4, batch=2, num_states=2)
+    yield "a decay per token", name, lambda: make(301, (2, 4, 301), heads=4, batch=2)
+    yield "segments", name, lambda: make(640, (4,), heads=4) | {"num_segments": 3}
+    yield "normalize", name, lambda: make(150, (4,), heads=4, normalize=True) | {"normalize": True}
+    yield "packed", name, lambda: make(300, (4,), heads=4, num_states=4) | {"cu_seqlens": int32(0, 17, 17, 200, 300)}
+    yield (
+        "reverse, wide_out",
+        name,
+        lambda: make(301, (4,), heads=4, num_states=1) | {"reverse": True, "wide_out": True},
+    )
+    yield "all keys", name, lambda: make(301, (4,), heads=4) | {"causal": False}
+    yield "all keys, no decay", name, lambda: make(301, (4,), heads=4) | {"causal": False, "log_decay": None}
+    yield "states", f"{name}_states", lambda: without_q(make(301, (4,), heads=4))
+    yield "states in reverse", f"{name}_states", lambda: without_q(make(301, (4,), heads=4)) | {"reverse": True}
+    yield "one token", f"{name}_decode", lambda: decoded(1, False)
+    yield "a draft, committed in part", f"{name}_decode", lambda: decoded(10, False, commit=int32(3, 10))
+    yield "normalize", f"{name}_decode", lambda: decoded(2, True)
+
+
+def without_q(call: Call) -> Call:
+    return {name: value for name, value in call.items() if name != "q"}
+
+
+def linear_smokes(device: str) -> Iterator[Smoke]:
+    ops = target.cuda_ops() if device == "cuda" else CASES.keys()
+    for dtype, head_dims in (
+        (torch.bfloat16, (64, 80, 128, 256)),
+        (torch.float16, (64, 128)),
+        (torch.float32, (64, 128, 256)),
+    ):
+        for head_dim in head_dims:
+            for name, op, make in linear_calls(dtype, head_dim):
+                if op in ops:
+                    yield Smoke(f"{short(dtype)} {head_dim} {op}: {name}", op, make)
+
+
 def other_smokes(device: str) -> Iterator[Smoke]:
     """The calls that the tests share, of every op with a CUDA kernel."""
     ops = target.cuda_ops() if device == "cuda" else CASES.keys()
@@ -142,7 +194,7 @@ def main() -> int:
     parser.add_argument("--after", metavar="NAME", help="leave out the cases up to this one")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda", help="cpu: to try this script")
     args = parser.parse_args()
-    smokes = [*attention_smokes(args.device), *other_smokes(args.device)]
+    smokes = [*attention_smokes(args.device), *linear_smokes(args.device), *other_smokes(args.device)]
     first = 1 + [smoke.name for smoke in smokes].index(args.after) if args.after else 0
     right = True
     for smoke in smokes[first:]:

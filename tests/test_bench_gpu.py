@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from longctx.benchmark import gpu, gpu_cases
+from longctx.benchmark import gpu, gpu_cases, gpu_linear
 from longctx.benchmark.gpu_cases import CASES, HEADLINE, GpuCase
 from longctx.benchmark.gpu_targets import TENTH, K
 from longctx.cli import main
@@ -34,7 +34,12 @@ def test_cases_are_distinct() -> None:
 def smallest(cases: list[GpuCase]) -> list[GpuCase]:
     """One case of each kind: the options, not the lengths, make the difference on a CPU."""
     kinds = {(case.op, case.title): case for case in cases if case.small < 2048}
-    return list(kinds.values())
+    return [case for case in kinds.values() if case.op != "linear_attention" or is_small(case.title)]
+
+
+def is_small(title: str) -> bool:
+    """Whether a CPU has done with a case of linear attention in a second or two; their shapes differ in size alone."""
+    return title.startswith(gpu_linear.LAUNCH_BOUND) or title.endswith("fp32")
 
 
 @pytest.mark.parametrize("case", smallest(CASES), ids=lambda case: f"{case.op}-{case.title}")
@@ -105,8 +110,8 @@ def test_density_of_random_tiles() -> None:
 def test_copies_rotate_through_more_than_a_cache() -> None:
     inputs = {"q": torch.zeros(1 << 20), "block_size_k": 128}
     sets = gpu.copies(inputs)
-    assert len(sets) == 8
-    assert len({i["q"].data_ptr() for i in sets}) == 8
+    assert len(sets) == 32
+    assert len({i["q"].data_ptr() for i in sets}) == 32
     assert len(gpu.copies({"q": torch.zeros(gpu.ROTATED_BYTES // 4)})) == 1
 
 
@@ -159,7 +164,7 @@ def test_markdown_of_a_synthetic_result() -> None:
 
 def test_targets_without_their_cases_say_so() -> None:
     targets = gpu.Report({}).targets()
-    assert len(targets) == 9
+    assert len(targets) == 13
     assert all(target.measured is None and "| not measured |" in target.line() for target in targets)
     measured = [target for target in SYNTHETIC.targets() if target.measured is not None]
     assert [target.measured for target in measured] == [pytest.approx(0.9)]
@@ -178,6 +183,37 @@ def test_targets_from_sparse_results() -> None:
         assert targets["best dense SDPA backend"].measured == pytest.approx(0.1 / seconds)
         assert targets["compiled FlexAttention"].measured == pytest.approx(0.03 / seconds)
         assert ("**0.5**, missed" in gpu.markdown(gpu.Report({}, results=[sparse]))) == (efficiency == 0.5)
+
+
+def test_targets_of_linear_attention() -> None:
+    """The floors are those that the names of the targets tell, and a time of twice the floor is a share of a half."""
+    results = []
+    for case, floor in ((gpu_linear.LARGE, 0.187e-3), (gpu_linear.LARGE + gpu_linear.BACKWARD, 0.655e-3)):
+        found = next(c for c in CASES if (c.op, c.title, c.length) == ("linear_attention", case, 8 * K))
+        work = found.work("meta")
+        assert work.bytes / 4.3e12 == pytest.approx(floor, rel=2e-3)
+        seconds = {"longctx": 2 * floor, "fla": 5 * floor}
+        results.append(gpu.Result("linear_attention", case, 8 * K, seconds, {}, work.flops, work.bytes))
+    launch_bound = {"longctx": 2e-5, "fla": 14e-5}
+    results.append(gpu.Result("linear_attention", gpu_linear.LAUNCH_BOUND, K, launch_bound, {}, 1.0, 1.0))
+    measured = [target.measured for target in gpu.Report({}, results=results).targets() if target.measured]
+    assert measured == [pytest.approx(x, rel=2e-3) for x in (0.5, 0.5, 2.5, 7.0)]
+
+
+def test_wrong_linear_attention_has_no_time() -> None:
+    """Rows that forget too slowly, and the gradient of the wrong tensor."""
+    case = next(case for case in CASES if case.title == gpu_linear.LAUNCH_BOUND + gpu_linear.BACKWARD)
+    work = case.work("cpu", 256)
+    right = gpu_linear.with_gradients(gpu_linear.torch_chunks)
+    contenders: dict[str, gpu_cases.Run] = {
+        "right": right,
+        "forgets less": lambda i: right(i | {"log_decay": i["log_decay"] / 2}),
+        "dk for dv": lambda i: (lambda out, dq, dk, dv: (out, dq, dk, dk))(*right(i)),
+    }
+    names, errors = gpu.checked(gpu.Work(work.inputs, contenders, 1.0, 1.0, work.check), "cpu")
+    assert names == ["right"]
+    assert errors["forgets less"].startswith("ValueError: out is not close")
+    assert errors["dk for dv"].startswith("ValueError: dv is not close")
 
 
 def test_written_and_read_again(tmp_path: Path) -> None:
@@ -307,6 +343,22 @@ text, right = compare(torch.arange(4), torch.tensor([0, 1, 2, 4]), exact)
 assert not right and text == "1/4 wrong, first at [3], indices a dim 1/4", text
 """
     subprocess.run([sys.executable, "-c", planted], cwd=ROOT, env=environment, timeout=120, check=True)
+
+
+def test_linear_smokes_on_the_cpu() -> None:
+    """Every call of one dtype and head_dim; the names tell all of them apart."""
+    code = """
+import runpy
+smoke = runpy.run_path("bench/gpu_smoke.py")
+smokes = list(smoke["linear_smokes"]("cpu"))
+assert len({s.name for s in smokes}) == len(smokes)
+chosen = [s for s in smokes if s.name.startswith("bfloat16 80 ")]
+assert len(chosen) == 16 and all([smoke["run"](s, "cpu") for s in chosen])
+"""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", code]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr
 
 
 def test_a_run_continues_behind_a_case(tmp_path: Path) -> None:

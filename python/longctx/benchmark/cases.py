@@ -256,7 +256,7 @@ def chunked_linear_attention(
 
     What depends on the decays alone is made before.
     """
-    position = torch.arange(chunk, dtype=torch.float64)
+    position = torch.arange(chunk, dtype=torch.float64, device=q.device)
     decay = log_decay.double()[:, None]
     distance = position[:, None] - position
     pairs = torch.exp(decay[..., None] * distance.clamp(min=0.0)).masked_fill(distance < 0, 0.0).to(q.dtype)
@@ -265,7 +265,7 @@ def chunked_linear_attention(
     carry = torch.exp(decay * chunk).float()[..., None]
 
     def run() -> tuple[Tensor, Tensor]:
-        state = torch.zeros(*q.shape[:2], q.shape[3], v.shape[3])
+        state = torch.zeros(*q.shape[:2], q.shape[3], v.shape[3], device=q.device)
         out = torch.empty_like(v)
         for begin in range(0, q.shape[2], chunk):
             q_rows, k_rows, v_rows = (x[:, :, begin : begin + chunk] for x in (q, k, v))

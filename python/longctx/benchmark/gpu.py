@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 import longctx
-from longctx.benchmark.gpu_cases import CASES, GpuCase, Inputs, Work
+from longctx.benchmark.gpu_cases import CASES
 from longctx.benchmark.gpu_targets import Target, evaluated
+from longctx.benchmark.gpu_work import GpuCase, Inputs, Work
 
 ROTATED_BYTES = 1 << 28  # several times the L2 cache
 ROUNDS = 15
@@ -117,7 +118,7 @@ def sampler(device: str) -> Callable[[Callable[[], object], int], float]:
 def copies(inputs: Inputs) -> list[Inputs]:
     """The same inputs often enough that a turn does not find them in the cache."""
     nbytes = sum(value.nbytes for value in inputs.values() if isinstance(value, Tensor))
-    count = max(1, min(8, math.ceil(ROTATED_BYTES / max(nbytes, 1)))) if nbytes < ROTATED_BYTES else 1
+    count = max(1, min(32, math.ceil(ROTATED_BYTES / max(nbytes, 1)))) if nbytes < ROTATED_BYTES else 1
     others = [{k: v.clone() if isinstance(v, Tensor) else v for k, v in inputs.items()} for _ in range(count - 1)]
     return [inputs, *others]
 
@@ -142,7 +143,7 @@ def measure(case: GpuCase, device: str = "cuda", *, length: int | None = None, r
     length = length or case.length
     work = case.work(device, length)
     calls, errors = checked(work, device)
-    path = attention_path(work.inputs)
+    path = None if case.op.startswith("linear_attention") else attention_path(work.inputs)
     sample = sampler(device)
     sets = copies(work.inputs)
 

@@ -6,57 +6,19 @@ Every attention case is checked at its full length: some rows of every contender
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 import longctx
-from longctx.benchmark import peers
+from longctx.benchmark import gpu_linear, peers
+from longctx.benchmark.gpu_work import CHECKED_ROWS, GpuCase, Inputs, Run, Work, gpu_case, randn
 from longctx.testing import block_list, force_cuda_path
 
 BLOCK = 128
-CHECKED_ROWS = 64
-Inputs = dict[str, Any]
-Run = Callable[[Inputs], Any]
 Path = Literal["auto", "sm80", "sm90"]  # of attention, `longctx.testing.force_cuda_path`
-
-
-@dataclass(frozen=True)
-class Work:
-    """Contenders on the same inputs; the first one is ours."""
-
-    inputs: Inputs
-    contenders: Mapping[str, Run]
-    flops: float  # of the visited (query, key) pairs, not of the dense square
-    bytes: float  # each input read once, each output written once
-    # (name, output): raises where it is wrong. None: the tests of the op compare more than could be done here.
-    check: Callable[[str, Any], None] | None = None
-
-
-@dataclass(frozen=True)
-class GpuCase:
-    """One line of the table."""
-
-    title: str
-    op: str
-    length: int
-    make: Callable[[int, str], Work]
-    small: int = 4 * BLOCK  # the length at which a test without a GPU builds and runs it
-    dtype: str = "bfloat16"
-
-    def name(self, length: int | None = None) -> str:
-        return f"{self.op}: {self.title}, {length or self.length}"
-
-    def work(self, device: str, length: int | None = None) -> Work:
-        return self.make(length or self.length, device)
-
-
-def randn(*shape: int, device: str, seed: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    generator = torch.Generator(device).manual_seed(seed) if device != "meta" else None
-    return torch.randn(*shape, device=device, generator=generator, dtype=torch.float32).to(dtype)
 
 
 def qkv(
@@ -264,9 +226,7 @@ def policy_on_prompt(length: int, device: str, *, spec: str) -> Work:
 
 
 def case(title: str, op: str, length: int, make: Callable[..., Work], **options: Any) -> GpuCase:
-    small = 4 * BLOCK if make is not policy_on_prompt else 2048
-    dtype = str(options.get("dtype", torch.bfloat16)).removeprefix("torch.")
-    return GpuCase(title, op, length, functools.partial(make, **options), small, dtype)
+    return gpu_case(title, op, length, make, 512 if make is not policy_on_prompt else 2048, **options)
 
 
 K = 1024
@@ -314,4 +274,4 @@ OTHERS: list[GpuCase] = [
     case("FlexPrefill, noise, 32/8 heads", "policy", 32 * K, policy_on_noise, spec="flexprefill"),
     case("XAttention, noise, 32/8 heads", "policy", 32 * K, policy_on_noise, spec="xattention"),
 ]  # fmt: skip
-CASES = HEADLINE + OTHERS
+CASES = HEADLINE + gpu_linear.HEADLINE + OTHERS + gpu_linear.OTHERS

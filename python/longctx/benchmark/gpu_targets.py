@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from longctx.benchmark import gpu_linear
 from longctx.benchmark.gpu_cases import DENSE_16K, FLEXPREFILL, SPARSE
 
 if TYPE_CHECKING:
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
 
 K = 1024
 TENTH = SPARSE.format(0.1)
+H200_BYTES_PER_SECOND = 4.3e12
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,16 @@ def evaluated(results: Sequence[Result]) -> list[Target]:
         best = contender.endswith("*")
         return lambda: ratio(seconds(case, length, contender.removesuffix("*"), best=best), seconds(case, length, ours))
 
+    def of_floor(case: str, length: int) -> Callable[[], float | None]:
+        """The time in which an H200 reads every input and writes every output once, over ours."""
+
+        def share() -> float | None:
+            result = by_case.get((case, length))
+            return None if result is None else ratio(result.bytes / H200_BYTES_PER_SECOND, result.ours)
+
+        return share
+
+    linear, linear_backward = gpu_linear.LARGE, gpu_linear.LARGE + gpu_linear.BACKWARD
     policy_ratio = beside(FLEXPREFILL, 128 * K, "sdpa*")
     rows: list[tuple[str, str, float, float | None, bool, Callable[[], float | None]]] = [
         ("dense causal bf16 D=128, 16k, 32 heads", "best SDPA backend", 0.85, 1.1, False,
@@ -90,6 +102,14 @@ def evaluated(results: Sequence[Result]) -> list[Target]:
         ("sparse kernel at density 1, 16k", "our own dense kernel", 1.02, None, True,
          lambda: ratio(seconds(SPARSE.format(1), 16 * K, "longctx"),
                        seconds(SPARSE.format(1), 16 * K, "longctx dense"))),
+        ("linear attention, 8k, 96 heads, D=128", "an H200's memory, 0.187 ms", 0.65, 0.85, False,
+         of_floor(linear, 8 * K)),
+        ("the same with its backward", "an H200's memory, 0.655 ms", 0.5, 0.75, False,
+         of_floor(linear_backward, 8 * K)),
+        ("linear attention, 8k, 96 heads, D=128", "flash-linear-attention", 2, 2.7, False,
+         beside(linear, 8 * K, "fla")),
+        ("linear attention, 8 x 1k, 8 heads, D=64", "flash-linear-attention", 3, 8, False,
+         beside(gpu_linear.LAUNCH_BOUND, K, "fla")),
     ]  # fmt: skip
     return [
         Target(work, beside_what, minimum, goal, measured(), at_most)

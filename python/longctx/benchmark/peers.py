@@ -59,6 +59,16 @@ def decode(inputs: Inputs) -> dict[str, Run]:
     return found
 
 
+def linear(inputs: Inputs) -> dict[str, Run]:
+    """Causal linear attention with a decay per head."""
+    return {"fla": _fla_linear} if installed("fla") else {}
+
+
+def linear_decode(inputs: Inputs) -> dict[str, Run]:
+    """One token on a state."""
+    return {"fla": _fla_linear_decode} if installed("fla") else {}
+
+
 def flex(inputs: Inputs, tiles: Tensor) -> Run:
     """Compiled FlexAttention over bool [heads, num_q_blocks, num_k_blocks] tiles, those on the diagonal masked."""
     from torch.nn.attention.flex_attention import BlockMask
@@ -110,6 +120,21 @@ def _fla(inputs: Inputs) -> Tensor:
     attention = importlib.import_module("fla.ops.attn").parallel_attn
     out = attention(*(inputs[x].transpose(1, 2).contiguous() for x in ("q", "k", "v")))
     return _first(out).transpose(1, 2)
+
+
+def _fla_linear(inputs: Inputs) -> Tensor:
+    """[batch, seqlen, heads, dim], which is how the inputs lie in memory."""
+    linear_attention = importlib.import_module("fla.ops.simple_gla").chunk_simple_gla
+    q, k, v = (inputs[x].transpose(1, 2) for x in ("q", "k", "v"))
+    return _first(linear_attention(q, k, v, g_gamma=inputs["log_decay"], scale=1.0)).transpose(1, 2)
+
+
+def _fla_linear_decode(inputs: Inputs) -> Tensor:
+    """Writes the new state elsewhere."""
+    decode = importlib.import_module("fla.ops.simple_gla").fused_recurrent_simple_gla
+    q, k, v = (inputs[x].transpose(1, 2) for x in ("q", "k", "v"))
+    options = {"g_gamma": inputs["log_decay"], "initial_state": inputs["other_state"], "output_final_state": True}
+    return _first(decode(q, k, v, scale=1.0, **options)).transpose(1, 2)
 
 
 def _flashinfer_prefill(inputs: Inputs) -> Tensor:
