@@ -5,19 +5,16 @@
 // four columns of out.
 #pragma once
 #include "cuda/attention_fp32.h"
+#include "cuda/fp32_rows.cuh"
 #include "cuda/online_softmax.cuh"
 #include "cuda/runtime.h"
-#include "cuda/tile_copy.cuh"
 
 namespace longctx::cuda::fp32 {
 
-constexpr int kThreads = 128;
 constexpr int kTileRows = 32, kTileKeys = 32;
 constexpr int kRowThreads = 16;                               // of a row
 constexpr int kOwnRows = kTileRows * kRowThreads / kThreads;  // of a thread
 constexpr int kOwnKeys = kTileKeys / kRowThreads;
-constexpr int kChunk = 4;  // elements in 16 bytes
-constexpr int kPad = 4;    // rows of a tile are 16 bytes apart in the banks
 constexpr int kSlice = kRowThreads * kChunk;
 
 struct Launch {
@@ -55,34 +52,6 @@ struct Shared {
  private:
   LONGCTX_DEVICE float* at(int offset) const { return reinterpret_cast<float*>(base + offset); }
 };
-
-struct alignas(16) Four {
-  float x[kChunk];
-};
-LONGCTX_DEVICE Four load_four(const float* aligned) {
-  return *reinterpret_cast<const Four*>(aligned);
-}
-
-// Copies `rows` rows into a tile of kHeadDim columns, zeros past their end. from(row) is the row's
-// address, null for zeros. All threads take part.
-template <int kHeadDim, class From>
-LONGCTX_DEVICE void copy_rows(float* tile, int rows, const SourceRows& source, const From& from) {
-  constexpr int kChunks = kHeadDim / kChunk;
-  for (int i = device::thread_index(); i < rows * kChunks; i += kThreads) {
-    const int row = i / kChunks, first = i % kChunks * kChunk;
-    const float* address = from(row);
-    float* target = tile + row * (kHeadDim + kPad) + first;
-    if (source.aligned) {
-      const bool live = address != nullptr && first < source.dim;
-      device::copy_async_16(target, address + first, live ? 16 : 0);
-      continue;
-    }
-    for (int e = 0; e < kChunk; ++e) {
-      target[e] = address != nullptr && first + e < source.dim ? address[first + e] : 0.0f;
-    }
-  }
-  device::commit_copies();
-}
 
 LONGCTX_DEVICE float row_max(float x) {
   for (int mask = kRowThreads / 2; mask > 0; mask /= 2) {

@@ -44,9 +44,10 @@ longctx_cuda_kernel(attention sm_90a "${attention_arguments}"
   DTYPES bfloat16 float16 HEAD_DIMS 64 128 256)
 longctx_cuda_kernel(attention_fp32 sm_80 "${attention_arguments}" DTYPES float32 HEAD_DIMS 64 128 256)
 
-longctx_cuda_kernel(linear_attention sm_80
-  "const longctx::LinearAttentionParams&, const longctx::cuda::LinearPass&"
+set(linear_arguments "const longctx::LinearAttentionParams&, const longctx::cuda::LinearPass&")
+longctx_cuda_kernel(linear_attention sm_80 "${linear_arguments}"
   DTYPES bfloat16 float16 HEAD_DIMS 64 128 256)
+longctx_cuda_kernel(linear_attention_fp32 sm_80 "${linear_arguments}" DTYPES float32 HEAD_DIMS 64 128 256)
 
 # The two head_dims that most models have, each 16-bit dtype at one of them.
 set(LONGCTX_REPRESENTATIVE_INSTANCES bfloat16-128 float16-64 float32-64 float32-128)

@@ -9,6 +9,7 @@
 
 #include "cuda/kernels.h"
 #include "cuda/linear_attention.h"
+#include "cuda/linear_attention_fp32.h"
 #include "cuda/linear_states.cuh"
 #include "cuda/runtime.h"
 #include "cuda/supported.h"
@@ -58,7 +59,9 @@ class LinearAttention {
   LinearPass new_pass() const {
     LinearPass pass;
     pass.op = op_;
-    pass.slice_columns = linear_slice_columns(p_.head_dim, p_.head_dim_v);
+    pass.slice_columns = p_.dtype == DType::kFloat32
+                             ? linear_fp32_slice_columns(p_.head_dim)
+                             : linear_slice_columns(p_.head_dim, p_.head_dim_v);
     pass.num_slices = ceil_div(p_.head_dim_v, pass.slice_columns);
     return pass;
   }
@@ -213,8 +216,9 @@ class LinearAttention {
     };
     if (p_.dtype == DType::kBFloat16) return run(__nv_bfloat16());
     if (p_.dtype == DType::kFloat16) return run(__half());
-    throw std::invalid_argument(std::string("longctx::") + op_ +
-                                ": `k` must have dtype bfloat16 or float16 on CUDA; got float32");
+    if (p_.head_dim <= 64) return launch_linear_attention_fp32<float, 64>(p_, pass);
+    if (p_.head_dim <= 128) return launch_linear_attention_fp32<float, 128>(p_, pass);
+    launch_linear_attention_fp32<float, 256>(p_, pass);
   }
 
   static constexpr int64_t sizeof_float() { return static_cast<int64_t>(sizeof(float)); }
