@@ -64,4 +64,7 @@ STABLE_TORCH_LIBRARY(longctx, m) {
          "bool causal=True, int block_size_q=128, int block_size_k=128, int q_offset=0, "
          "int? max_blocks_per_row=None, " +
              kSequenceOptions + ") -> (Tensor, Tensor)");
+  define(m,
+         "topk_select(Tensor scores, int k, Tensor? lengths=None, int num_first=0, "
+         "int num_last=0) -> (Tensor, Tensor)");
 }

@@ -10,6 +10,7 @@ void run_block_sparse_attention_cpu(const BlockSparseAttentionParams& params);
 void run_attention_mass_cpu(const AttentionMassParams& params);
 void run_block_scores_cpu(const BlockScoresParams& params);
 void run_select_blocks_cpu(const SelectBlocksParams& params);
+void run_topk_select_cpu(const TopKSelectParams& params);
 void run_linear_attention_cpu(const LinearAttentionParams& params);  // and its states alone
 void run_linear_attention_decode_cpu(const LinearAttentionDecodeParams& params);
 

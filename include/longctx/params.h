@@ -160,6 +160,29 @@ struct SelectBlocksParams {
   int64_t capacity = 0;              // batch * heads * num_q_blocks * max_blocks_per_row
 };
 
+constexpr int kMaxRowDims = 8;
+
+// Rows of scores: a [..., n] tensor whose last dim is contiguous; the other dims make the rows.
+struct ScoreRows {
+  DType dtype = DType::kFloat32;  // not float64
+  const void* data = nullptr;
+  int64_t n = 0;
+  int64_t num_rows = 0;
+  int num_dims = 0;  // without the last
+  int64_t sizes[kMaxRowDims] = {};
+  int64_t strides[kMaxRowDims] = {};
+  const int32_t* lengths = nullptr;  // [num_rows]: scores at or beyond it do not exist; null: n
+};
+
+struct TopKSelectParams {
+  ScoreRows scores;
+  int64_t k = 0;  // entries of a row of indices, forced ones included
+  int64_t num_first = 0;
+  int64_t num_last = 0;
+  int32_t* indices = nullptr;  // [num_rows, k], contiguous
+  int32_t* counts = nullptr;   // [num_rows]
+};
+
 // Log decays, <= 0, of linear attention: [num_q_heads], or per_token [batch, num_q_heads, seqlen].
 struct LogDecay {
   const void* data = nullptr;  // contiguous; null: no decay

@@ -14,6 +14,7 @@ from longctx.ops.linear_attention_decode import linear_attention_decode  # noqa:
 from longctx.ops.linear_attention_states import linear_attention_states  # noqa: E402
 from longctx.ops.merge_states import merge_states  # noqa: E402
 from longctx.ops.select_blocks import select_blocks  # noqa: E402
+from longctx.ops.topk_select import topk_select  # noqa: E402
 
 __all__ = [
     "attention",
@@ -25,4 +26,5 @@ __all__ = [
     "linear_attention_states",
     "merge_states",
     "select_blocks",
+    "topk_select",
 ]

@@ -13,6 +13,7 @@ from longctx.reference.block_sparse_attention import block_sparse_attention
 from longctx.reference.linear_attention import linear_attention, linear_attention_decode, linear_attention_states
 from longctx.reference.merge_states import merge_states
 from longctx.reference.select_blocks import select_blocks
+from longctx.reference.topk_select import topk_select
 
 __all__ = [
     "attention",
@@ -24,4 +25,5 @@ __all__ = [
     "linear_attention_states",
     "merge_states",
     "select_blocks",
+    "topk_select",
 ]
