@@ -213,6 +213,17 @@ def block_map(*shape: int, **options: Any) -> Callable[[torch.dtype], Call]:
     return lambda dtype: {"scores": torch.softmax(randn(*shape, dtype=dtype, seed=9), dim=-1)} | options
 
 
+def score_rows(*shape: int, **options: Any) -> Callable[[torch.dtype], Call]:
+    """Rows of scores with ties and -inf."""
+
+    def build(dtype: torch.dtype) -> Call:
+        scores = (4 * randn(*shape, seed=70)).round() / 4
+        scores[..., 3::17] = -torch.inf
+        return {"scores": scores.to(dtype)} | options
+
+    return build
+
+
 def linear(
     dtype: torch.dtype,
     *,
@@ -341,6 +352,17 @@ INVALID_LINEAR_SEQUENCES = {
     "cu_seqlens negative": Invalid("packed", "cu_seqlens", int32(-1, 0, 17, 22, 22, 145, 150)),
     "cu_seqlens past the rows": Invalid("packed", "cu_seqlens", int32(0, 0, 17, 22, 22, 145, 151)),
     "cu_seqlens ends early": Invalid("packed", "cu_seqlens", int32(0, 0, 17, 22, 22, 145, 149)),
+}
+
+SCORE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ROW_CHANGES = frozenset(
+    f"{variant}: scores{change}"
+    for variant, dim in (("all_options", 3), ("one_row", 0))
+    for change in (f".size({dim})+1", f".size({dim})=0", " of dtype torch.bfloat16", " with one more dim")
+) - {"all_options: scores with one more dim"} | {"one_row: scores on another device"}
+INVALID_LENGTHS = {
+    "lengths past the scores": Invalid("all_options", "lengths", int32(*[51] * 24).view(2, 3, 4)),
+    "lengths negative": Invalid("all_options", "lengths", int32(*[-1] * 24).view(2, 3, 4)),
 }
 
 CASES = {
@@ -503,6 +525,34 @@ CASES = {
             },
             any_strides=frozenset({"value"}),
             dtypes=(torch.float32,),
+        ),
+        OpCase(
+            name="topk_select",
+            calls={
+                "plain": score_rows(2, 3, 5, 40, k=7),
+                "all_options": score_rows(
+                    2,
+                    3,
+                    4,
+                    50,
+                    k=9,
+                    lengths=int32(*(2 * (0, 1, 3, 5, 6, 9, 10, 33, 40, 48, 49, 50))).view(2, 3, 4),
+                    num_first=2,
+                    num_last=3,
+                ),
+                "one_row": score_rows(300, k=20, num_last=4),
+            },
+            illegal={
+                "k": (-1, 4, 2**31, INT64_MAX, -INT64_MAX),
+                "num_first": (-1, -INT64_MAX),
+                "num_last": (-1, -INT64_MAX),
+            },
+            extreme={"k": (5, 50, 1000), "num_first": (0, 6), "num_last": (0, 7)},
+            legal_changes=ROW_CHANGES,
+            growing={"scores": 3},
+            invalid=INVALID_LENGTHS,
+            any_strides=frozenset({"lengths"}),
+            dtypes=SCORE_DTYPES,
         ),
         OpCase(
             name="linear_attention",

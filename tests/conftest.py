@@ -56,6 +56,7 @@ RECORDING = frozenset(
         "merge_states",
         "opcheck",
         "select_blocks",
+        "topk_select",
     )
 )
 

@@ -1,6 +1,6 @@
-// Where a list of keys ends when the best are taken until their weights reach a sum: a radix descent
-// over histograms, linear in the number of keys. Internal linkage, as it calls code chosen by
-// instruction set.
+// Where a list of keys ends when the best are taken until their weights reach a sum: a radix
+// descent over histograms, linear in the number of keys. Internal linkage, as it calls code chosen
+// by instruction set.
 #pragma once
 #include <algorithm>
 #include <cstdint>

@@ -10,8 +10,8 @@ namespace longctx::cpu {
 namespace {
 
 constexpr int64_t kBlock = 64;  // scores between two branches
-// The processor's own prefetching ends at every 4 KiB page: alone it draws two thirds of the memory's
-// bandwidth.
+// The processor's own prefetching ends at every 4 KiB page: alone it draws two thirds of the
+// memory's bandwidth.
 constexpr int64_t kPrefetchBytes = 4096;
 static_assert(kListSlack >= 16, "a compressed vector is stored whole");
 
@@ -85,8 +85,8 @@ int64_t scan16(const uint16_t* row, int64_t begin, int64_t end, BitRange range, 
   };
   const auto append_at = [&](int64_t i, __mmask32 chosen, __m512i x) {
     const __m512i first = _mm512_add_epi32(lane_numbers(), _mm512_set1_epi32(static_cast<int>(i)));
-    append(list, static_cast<__mmask16>(chosen),
-           _mm512_cvtepu16_epi32(_mm512_castsi512_si256(x)), first);
+    append(list, static_cast<__mmask16>(chosen), _mm512_cvtepu16_epi32(_mm512_castsi512_si256(x)),
+           first);
     append(list, static_cast<__mmask16>(chosen >> 16),
            _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(x, 1)),
            _mm512_add_epi32(first, _mm512_set1_epi32(16)));

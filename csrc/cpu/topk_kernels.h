@@ -26,8 +26,10 @@ struct KeyRange {
 struct TopKKernels {
   // Appends the elements of row[begin, end) whose bits are in the range, as bits, until the end or
   // until a block might not fit; returns where it stopped.
-  int64_t (*scan32)(const uint32_t* row, int64_t begin, int64_t end, BitRange range, ScoreList& list);
-  int64_t (*scan16)(const uint16_t* row, int64_t begin, int64_t end, BitRange range, ScoreList& list);
+  int64_t (*scan32)(const uint32_t* row, int64_t begin, int64_t end, BitRange range,
+                    ScoreList& list);
+  int64_t (*scan16)(const uint16_t* row, int64_t begin, int64_t end, BitRange range,
+                    ScoreList& list);
   // Bits to order keys, in place.
   void (*order_keys)(FloatFormat format, int64_t count, uint32_t* keys);
   // The lowest and the highest of at least one key.

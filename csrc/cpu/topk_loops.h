@@ -1,7 +1,7 @@
 // The loops of topk_kernels.h in scalar code and whatever the compiler makes of it, over
-// hits32(const uint32_t*, BitRange) and hits16: a bit for each of kBlock elements in [low, low + range].
-// Include after their definitions; everything here has internal linkage, so that code of one
-// instruction set is never linked into another.
+// hits32(const uint32_t*, BitRange) and hits16: a bit for each of kBlock elements in [low, low +
+// range]. Include after their definitions; everything here has internal linkage, so that code of
+// one instruction set is never linked into another.
 #pragma once
 #include <cstdint>
 

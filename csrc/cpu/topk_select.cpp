@@ -79,10 +79,10 @@ class TopKSelect {
                     const RowParts r = parts(row);
                     if (!competes(r)) return;
                     const int64_t size = r.last - r.first;
-                    const ScoreList& list = selector.best_above(
-                        scores(row), r.first + piece * size / num_pieces,
-                        r.first + (piece + 1) * size / num_pieces, r.places,
-                        bounds[static_cast<size_t>(row)]);
+                    const ScoreList& list =
+                        selector.best_above(scores(row), r.first + piece * size / num_pieces,
+                                            r.first + (piece + 1) * size / num_pieces, r.places,
+                                            bounds[static_cast<size_t>(row)]);
                     Piece& kept = lists[static_cast<size_t>(item)];
                     kept.keys.assign(list.keys, list.keys + list.count);
                     kept.indices.assign(list.indices, list.indices + list.count);

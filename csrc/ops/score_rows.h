@@ -12,9 +12,11 @@ namespace longctx {
 inline ScoreRows score_rows(const Checker& check, const Tensor& scores,
                             const OptionalTensor& lengths) {
   ScoreRows rows;
+  check.require(scores.scalar_type() == ScalarType::Float ||
+                    scores.scalar_type() == ScalarType::BFloat16 ||
+                    scores.scalar_type() == ScalarType::Half,
+                "scores", "have dtype float32, bfloat16 or float16", to_text(scores.scalar_type()));
   rows.dtype = check.floating("scores", scores);
-  check.require(rows.dtype != DType::kFloat64, "scores",
-                "have dtype float32, bfloat16 or float16", "float64");
   check.require(scores.dim() >= 1 && scores.dim() <= kMaxRowDims + 1, "scores",
                 "have shape [..., n], of 1 to 9 dims", to_text(scores.sizes()));
   rows.num_dims = static_cast<int>(scores.dim()) - 1;
@@ -35,9 +37,9 @@ inline ScoreRows score_rows(const Checker& check, const Tensor& scores,
     for (int dim = 0; same && dim < rows.num_dims; ++dim) {
       same = lengths->size(dim) == rows.sizes[dim];
     }
-    const auto shape = scores.sizes().slice(0, static_cast<size_t>(rows.num_dims));
     if (!same) {
-      check.fail("lengths", "have the shape of `scores` without its last dim, " + to_text(shape),
+      check.fail("lengths",
+                 "have the shape of `scores` without its last dim, of " + to_text(scores.sizes()),
                  to_text(lengths->sizes()));
     }
     rows.lengths = lengths->const_data_ptr<int32_t>();

@@ -37,8 +37,8 @@ LONGCTX_HD inline RowParts row_parts(int64_t length, int64_t num_first, int64_t 
   parts.first = num_first < length ? num_first : length;
   const int64_t free = length - parts.first;
   parts.last = length - (num_last < free ? num_last : free);
-  parts.places = clamp_index(capacity - parts.first - (length - parts.last), 0,
-                             parts.last - parts.first);
+  parts.places =
+      clamp_index(capacity - parts.first - (length - parts.last), 0, parts.last - parts.first);
   return parts;
 }
 

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 
-def best_first(row: Tensor) -> list[int]:
+def best_first(row: Tensor) -> Tensor:
     """All indices of a row by score descending, then index ascending; NaN last."""
     is_nan = row.isnan()
-    order = row.double().masked_fill(is_nan, -math.inf).sort(descending=True, stable=True).indices
-    return torch.cat([order[~is_nan[order]], order[is_nan[order]]]).tolist()  # type: ignore[no-any-return]
+    order = row.float().masked_fill(is_nan, -math.inf).sort(descending=True, stable=True).indices
+    return torch.cat([order[~is_nan[order]], order[is_nan[order]]])
 
 
 def select_rows(
@@ -22,7 +22,7 @@ def select_rows(
     lengths: Tensor | None,
     num_first: int,
     num_last: int,
-    choose: Callable[[Tensor, list[int], list[int]], list[int]],
+    choose: Callable[[Tensor, Tensor, Tensor], Tensor],
 ) -> tuple[Tensor, Tensor]:
     """`(indices, counts)` of the forced indices of each row and of the first of `choose(row, forced, others)` that fit.
 
@@ -38,10 +38,11 @@ def select_rows(
         is_forced = torch.zeros(end, dtype=torch.bool)
         is_forced[: min(num_first, end)] = True
         is_forced[max(0, end - num_last) :] = True
-        forced = is_forced.nonzero().flatten().tolist()
-        others = [i for i in best_first(row) if not is_forced[i]]
-        chosen = sorted(forced + choose(row, forced, others)[: capacity - len(forced)])
-        indices[r, : len(chosen)] = torch.tensor(chosen, dtype=torch.int32)
+        forced = is_forced.nonzero().flatten()
+        order = best_first(row)
+        others = choose(row, forced, order[~is_forced[order]])
+        chosen = torch.cat([forced, others[: capacity - len(forced)]]).sort().values
+        indices[r, : len(chosen)] = chosen
         counts[r] = len(chosen)
     return indices.view(*rows, capacity).to(scores.device), counts.view(rows).to(scores.device)
 
