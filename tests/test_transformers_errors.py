@@ -8,6 +8,7 @@ import transformers
 from transformers import PreTrainedModel
 
 from longctx.integrations.transformers import apply, remove, stats, using
+from longctx.integrations.transformers.attention import attention_forward
 from transformers_models import tiny, tokens
 
 INPUT = tokens(1, 20)
@@ -64,8 +65,9 @@ def test_t5_position_bias() -> None:
 
 
 def test_paged_cache(model: PreTrainedModel) -> None:
+    q = torch.zeros(1, 4, 2, 16)
     with pytest.raises(NotImplementedError, match="continuous batching"):
-        model(INPUT, cache=object())
+        attention_forward(model.model.layers[0].self_attn, q, q, q, None, cache=object())
 
 
 def test_continuous_batching_is_refused_by_transformers(model: PreTrainedModel) -> None:
