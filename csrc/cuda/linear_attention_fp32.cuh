@@ -1,27 +1,18 @@
 // linear_attention in float32, with plain products out of shared memory: the passes and items of
 // linear_attention.cuh without tensor cores, which round their operands.
-// Every product has 64 rows, eight to a thread, and 32 or 64 columns, dealt to the sixteen threads
-// that share the rows. q and k come in slices of 64 columns of head_dim; k comes a second time for
-// the state, but for its last slice, which is still there. A warp's rows of p take the place of its
-// rows of q.
+// q and k come in slices of 64 columns of head_dim; k comes a second time for the state, but for
+// its last slice, which is still there. A warp's rows of p take the place of its rows of q.
 //
 //   for each slice of head_dim: load q, k (and v, once)     p += q k^T     acc += q s
 //   p = weights * p     acc = weights * acc + p v     write out
 //   for each slice of head_dim, from the last: load k     s = carry * s + (weights * k)^T v
 #pragma once
-#include "cuda/columns.cuh"
-#include "cuda/fp32_rows.cuh"
 #include "cuda/linear_attention_fp32.h"
+#include "cuda/linear_fp32_tile.cuh"
 #include "cuda/linear_weights.cuh"
 #include "cuda/runtime.h"
 
 namespace longctx::cuda::fp32 {
-
-constexpr int kLinearSlice = 64;       // columns of head_dim
-constexpr int kLinearRowThreads = 16;  // of a row
-constexpr int kLinearOwnRows = kLinearChunk * kLinearRowThreads / kThreads;
-constexpr int kLinearOwnKeys = kLinearChunk / kLinearRowThreads;
-constexpr int kLinearWarpRows = kLinearChunk * device::kWarpSize / kThreads;
 
 struct LinearLaunch {
   LinearPass pass;
@@ -40,22 +31,21 @@ struct LinearTask {
 
 template <int kHeadDim, int kColumns>
 struct LinearShared {
-  static constexpr int kStride = kLinearSlice + kPad;
-  static constexpr int kValueStride = kColumns + kPad;
-  static constexpr int kQ = 0;                                     // [kLinearChunk, kLinearSlice]
-  static constexpr int kK = kQ + kLinearChunk * kStride * 4;       // [kLinearChunk, kLinearSlice]
-  static constexpr int kV = kK + kLinearChunk * kStride * 4;       // [kLinearChunk, kColumns]
-  static constexpr int kS = kV + kLinearChunk * kValueStride * 4;  // [kHeadDim, kColumns]
-  static constexpr int kKeySums = kS + kHeadDim * kColumns * 4;    // [kHeadDim]
-  static constexpr int kWeights = kKeySums + kHeadDim * 4;         // [2]
+  static constexpr int kValueStride = LinearTile<kColumns>::kValueStride;
+  static constexpr int kQ = 0;                                      // [kLinearChunk, kLinearSlice]
+  static constexpr int kK = kQ + kLinearChunk * kLinearStride * 4;  // [kLinearChunk, kLinearSlice]
+  static constexpr int kV = kK + kLinearChunk * kLinearStride * 4;  // [kLinearChunk, kColumns]
+  static constexpr int kS = kV + kLinearChunk * kValueStride * 4;   // [kHeadDim, kColumns]
+  static constexpr int kKeySums = kS + kHeadDim * kColumns * 4;     // [kHeadDim]
+  static constexpr int kWeights = kKeySums + kHeadDim * 4;          // [2]
   static constexpr int kDecay = kWeights + 2 * sizeof(LinearWeights);
   static constexpr int kTask = kDecay + sizeof(LinearDecay);
   static constexpr int kBytes = kTask + sizeof(LinearTask);
   static_assert(kTask % alignof(LinearTask) == 0 && kBytes <= 99 * 1024);
 
   char* base = device::shared_memory();
-  LONGCTX_DEVICE float* q(int row) const { return at(kQ) + row * kStride; }  // of p, too
-  LONGCTX_DEVICE float* k(int key) const { return at(kK) + key * kStride; }
+  LONGCTX_DEVICE float* q(int row) const { return at(kQ) + row * kLinearStride; }  // of p, too
+  LONGCTX_DEVICE float* k(int key) const { return at(kK) + key * kLinearStride; }
   LONGCTX_DEVICE float* v(int key) const { return at(kV) + key * kValueStride; }
   LONGCTX_DEVICE float* s(int d) const { return at(kS) + d * kColumns; }
   // With normalize: the last column of the state.
@@ -80,9 +70,7 @@ class LinearBlock {
         launch_(launch),
         pass_(launch.pass),
         num_slices_((static_cast<int>(p.head_dim) + kLinearSlice - 1) / kLinearSlice),
-        warp_(device::warp_index()),
-        lane_(device::thread_index() % kLinearRowThreads),
-        first_row_(device::thread_index() / kLinearRowThreads * kLinearOwnRows) {}
+        warp_(device::warp_index()) {}
 
   LONGCTX_DEVICE void run() {
     if (warp_ == 0) find_task();
@@ -104,7 +92,8 @@ class LinearBlock {
       const bool rows = pass_.rows && item.num_rows(chunk) > 0;
       const LinearWeights& weights = shared_.weights(step % 2);
       if (rows) {
-        float p[kLinearOwnRows][kLinearOwnKeys] = {}, acc[kLinearOwnRows][kOwnColumns] = {};
+        Scores p = {};
+        Rows acc = {};
         float key_sums[kLinearOwnRows] = {};
 #pragma unroll 1
         for (int slice = 0; slice < num_slices_; ++slice) {
@@ -142,8 +131,11 @@ class LinearBlock {
 
  private:
   using Shared = LinearShared<kHeadDim, kColumns>;
-  static constexpr int kOwnColumns = kColumns / kLinearRowThreads;
-  using Own = Columns<float, kOwnColumns>;
+  using Tile = LinearTile<kColumns>;
+  using Own = typename Tile::Own;
+  using Scores = typename Tile::Scores;
+  using Rows = typename Tile::Rows;
+  static constexpr int kOwnColumns = Tile::kOwnColumns;
 
   LONGCTX_DEVICE void find_task() {
     const LinearItem item = linear_item_at(p_, pass_, device::block_index());
@@ -175,29 +167,17 @@ class LinearBlock {
     const int first = slice * kLinearSlice;
     device::sync_threads();
     if (with_q) {
-      copy<kLinearSlice>(shared_.q(0), task.q + first, chunk, num_rows, launch_.q, first);
+      copy_chunk<kLinearSlice>(shared_.q(0), task.q + first, chunk, num_rows, launch_.q, first);
     }
     if (num_keys > 0) {
-      copy<kLinearSlice>(shared_.k(0), task.k + first, chunk, num_keys, launch_.k, first);
+      copy_chunk<kLinearSlice>(shared_.k(0), task.k + first, chunk, num_keys, launch_.k, first);
       if (with_v) {
         const int column = static_cast<int>(task.item.first_column);
-        copy<kColumns>(shared_.v(0), task.v, chunk, num_keys, launch_.v, column);
+        copy_chunk<kColumns>(shared_.v(0), task.v, chunk, num_keys, launch_.v, column);
       }
     }
     device::wait_copies<0>();
     device::sync_threads();
-  }
-  // `rows` rows of a chunk, of which `data` is the first of the sequence from column `first` on;
-  // zeros behind them.
-  template <int kWidth>
-  LONGCTX_DEVICE static void copy(float* tile, const float* data, int64_t chunk, int rows,
-                                  const SourceRows& source, int first) {
-    SourceRows part = source;
-    part.dim -= first;
-    const float* begin = data + chunk * kLinearChunk * source.row_stride;
-    copy_rows<kWidth>(tile, kLinearChunk, part, [&](int row) -> const float* {
-      return row < rows ? begin + row * source.row_stride : nullptr;
-    });
   }
 
   // Keys that some row of this warp sees: [first, last), multiples of 16 at both ends but for the
@@ -217,86 +197,34 @@ class LinearBlock {
   }
 
   // p += q k^T; acc += q s; with normalize, key_sums += q z, each thread its own columns.
-  LONGCTX_DEVICE void attend_slice(int slice, int num_keys,
-                                   float (&p)[kLinearOwnRows][kLinearOwnKeys],
-                                   float (&acc)[kLinearOwnRows][kOwnColumns],
+  LONGCTX_DEVICE void attend_slice(int slice, int num_keys, Scores& p, Rows& acc,
                                    float (&key_sums)[kLinearOwnRows]) const {
     const int left = static_cast<int>(p_.head_dim) - slice * kLinearSlice;
     const int depth = left < kLinearSlice ? left : kLinearSlice;
     if (num_keys > 0 && pass_.pairs != LinearPairs::kNone) {
-      const int begin = first_key(), end = last_key(num_keys);
-#pragma unroll 2
-      for (int d = 0; d < depth; d += kChunk) {
-        Four k[kLinearOwnKeys];
-#pragma unroll
-        for (int j = 0; j < kLinearOwnKeys; ++j) {
-          k[j] = load_four(shared_.k(lane_ + j * kLinearRowThreads) + d);
-        }
-#pragma unroll
-        for (int r = 0; r < kLinearOwnRows; ++r) {
-          const Four q = load_four(shared_.q(first_row_ + r) + d);
-#pragma unroll
-          for (int j = 0; j < kLinearOwnKeys; ++j) {
-            if (j * kLinearRowThreads < begin || j * kLinearRowThreads >= end) continue;
-#pragma unroll
-            for (int e = 0; e < kChunk; ++e) p[r][j] += q.x[e] * k[j].x[e];
-          }
-        }
-      }
+      tile_.add_scores(shared_.q(0), shared_.k(0), depth, first_key(), last_key(num_keys), p);
     }
     if (state_is_zero_) return;
     const float* state = shared_.s(slice * kLinearSlice);
-    multiply(shared_.q(0), 0, depth, state, kColumns, acc);
+    tile_.add_product(shared_.q(0), 0, depth, state, kColumns, acc);
     if (!p_.normalize) return;
-    const int d = lane_ * kChunk;
+    const int d = tile_.lane * kChunk;
     const Four z = load_four(shared_.key_sums() + slice * kLinearSlice + d);
 #pragma unroll
     for (int r = 0; r < kLinearOwnRows; ++r) {
-      const Four q = load_four(shared_.q(first_row_ + r) + d);
+      const Four q = load_four(shared_.q(tile_.first_row + r) + d);
 #pragma unroll
       for (int e = 0; e < kChunk; ++e) key_sums[r] += q.x[e] * z.x[e];
     }
   }
 
-  // acc += a [64, columns begin to end] b [end, kColumns]; what a and b have up to the next
-  // multiple of 4 are zeros in one of them.
-  LONGCTX_DEVICE void multiply(const float* a, int begin, int end, const float* b, int b_stride,
-                               float (&acc)[kLinearOwnRows][kOwnColumns]) const {
-    a += first_row_ * Shared::kStride;
-    b += lane_ * kOwnColumns;
-#pragma unroll 2
-    for (int d = begin; d < end; d += kChunk) {
-      Own columns[kChunk];
-#pragma unroll
-      for (int e = 0; e < kChunk; ++e) {
-        columns[e] = *reinterpret_cast<const Own*>(b + (d + e) * b_stride);
-      }
-#pragma unroll
-      for (int r = 0; r < kLinearOwnRows; ++r) {
-        const Four x = load_four(a + r * Shared::kStride + d);
-#pragma unroll
-        for (int e = 0; e < kChunk; ++e) {
-#pragma unroll
-          for (int c = 0; c < kOwnColumns; ++c) acc[r][c] += x.x[e] * columns[e].values[c];
-        }
-      }
-    }
-  }
-
-  // A weight of 0 forgets, whatever was there.
-  LONGCTX_DEVICE static float weighed(float x, float weight) {
-    return weight == 0 ? 0.0f : x * weight;
-  }
-
-  LONGCTX_DEVICE void weigh_rows(const LinearWeights& weights, int num_keys,
-                                 float (&p)[kLinearOwnRows][kLinearOwnKeys],
-                                 float (&acc)[kLinearOwnRows][kOwnColumns],
+  LONGCTX_DEVICE void weigh_rows(const LinearWeights& weights, int num_keys, Scores& p, Rows& acc,
                                  float (&key_sums)[kLinearOwnRows]) const {
     const bool pairs = num_keys > 0 && pass_.pairs != LinearPairs::kNone;
     const bool per_token = p_.log_decay.per_token;
 #pragma unroll
     for (int r = 0; r < kLinearOwnRows; ++r) {
-      const int row = first_row_ + r;
+      const int row = tile_.first_row + r;
       const float weight = weights.rows[row];
 #pragma unroll
       for (int c = 0; c < kOwnColumns; ++c) acc[r][c] = weighed(acc[r][c], weight);
@@ -305,7 +233,7 @@ class LinearBlock {
       const float2 row_sum = per_token ? weights.sums[row] : float2{0, 0};
 #pragma unroll
       for (int j = 0; j < kLinearOwnKeys; ++j) {
-        const int key = lane_ + j * kLinearRowThreads;
+        const int key = tile_.key(j);
         const float pair = per_token ? pair_weight(row_sum, weights.sums[key])
                                      : pair_weight(shared_.decay(), row, key);
         p[r][j] = sees(row, key) ? p[r][j] * pair : 0.0f;
@@ -314,8 +242,7 @@ class LinearBlock {
   }
 
   // key_sums = the sums of the weights of the rows.
-  LONGCTX_DEVICE void sum_row_weights(int64_t chunk,
-                                      const float (&p)[kLinearOwnRows][kLinearOwnKeys],
+  LONGCTX_DEVICE void sum_row_weights(int64_t chunk, const Scores& p,
                                       float (&key_sums)[kLinearOwnRows]) const {
     const LinearItem& item = shared_.task().item;
 #pragma unroll
@@ -327,55 +254,40 @@ class LinearBlock {
       for (int mask = kLinearRowThreads / 2; mask > 0; mask /= 2) {
         sum += device::shuffle_xor(sum, mask);
       }
-      const int row = first_row_ + r;
+      const int row = tile_.first_row + r;
       if (row < item.num_rows(chunk)) {
         const int64_t index = item.row_index(p_, chunk * kLinearChunk + row);
         if (pass_.more_sums != nullptr) sum += pass_.more_sums[index];
-        if (pass_.sums != nullptr && item.first_column == 0 && lane_ == 0) pass_.sums[index] = sum;
+        if (pass_.sums != nullptr && item.first_column == 0 && tile_.lane == 0)
+          pass_.sums[index] = sum;
       }
       key_sums[r] = sum;
     }
   }
 
   // acc += p v.
-  LONGCTX_DEVICE void add_values(int num_keys, const float (&p)[kLinearOwnRows][kLinearOwnKeys],
-                                 float (&acc)[kLinearOwnRows][kOwnColumns]) const {
+  LONGCTX_DEVICE void add_values(int num_keys, const Scores& p, Rows& acc) const {
     device::sync_warp();  // the warp has read its rows of q
 #pragma unroll
     for (int r = 0; r < kLinearOwnRows; ++r) {
 #pragma unroll
       for (int j = 0; j < kLinearOwnKeys; ++j) {
-        shared_.q(first_row_ + r)[lane_ + j * kLinearRowThreads] = p[r][j];
+        shared_.q(tile_.first_row + r)[tile_.key(j)] = p[r][j];
       }
     }
     device::sync_warp();
-    multiply(shared_.q(0), first_key(), last_key(num_keys), shared_.v(0), Shared::kValueStride,
-             acc);
+    tile_.add_product(shared_.q(0), first_key(), last_key(num_keys), shared_.v(0),
+                      Shared::kValueStride, acc);
   }
 
   // s = carry * s + (weights * k)^T v, of a slice of head_dim.
   LONGCTX_DEVICE void update_slice(const LinearWeights& weights, int slice, int num_keys) const {
-    float sums[kLinearOwnRows][kOwnColumns] = {};
-#pragma unroll 2
-    for (int key = 0; key < num_keys; ++key) {
-      const float weight = weights.keys[key];
-      Own v = *reinterpret_cast<const Own*>(shared_.v(key) + lane_ * kOwnColumns);
-#pragma unroll
-      for (int c = 0; c < kOwnColumns; ++c) v.values[c] *= weight;
-#pragma unroll
-      for (int first = 0; first < kLinearOwnRows; first += kChunk) {
-        const Four k = load_four(shared_.k(key) + first_row_ + first);
-#pragma unroll
-        for (int e = 0; e < kChunk; ++e) {
-#pragma unroll
-          for (int c = 0; c < kOwnColumns; ++c) sums[first + e][c] += k.x[e] * v.values[c];
-        }
-      }
-    }
+    Rows sums = {};
+    tile_.add_keys(shared_.k(0), weights.keys, num_keys, shared_.v(0), sums);
     const float carry = weights.carry;
 #pragma unroll
     for (int r = 0; r < kLinearOwnRows; ++r) {
-      Own& s = own_state(slice * kLinearSlice + first_row_ + r);
+      Own& s = own_state(slice * kLinearSlice + tile_.first_row + r);
 #pragma unroll
       for (int c = 0; c < kOwnColumns; ++c) {
         s.values[c] = weighed(s.values[c], carry) + sums[r][c];
@@ -389,9 +301,7 @@ class LinearBlock {
     z = weighed(z, carry) + sum;
   }
 
-  LONGCTX_DEVICE Own& own_state(int d) const {
-    return *reinterpret_cast<Own*>(shared_.s(d) + lane_ * kOwnColumns);
-  }
+  LONGCTX_DEVICE Own& own_state(int d) const { return tile_.own(shared_.s(d)); }
 
   // Visits the thread's elements of the state that exist: visit(element, its place in [head_dim,
   // state_dim]); if `sums`, among them those of the last column.
@@ -399,12 +309,12 @@ class LinearBlock {
   LONGCTX_DEVICE void for_each_state(bool sums, const Visit& visit) const {
     const int state_dim = static_cast<int>(p_.state_dim());
     const int first_column =
-        static_cast<int>(shared_.task().item.first_column) + lane_ * kOwnColumns;
+        static_cast<int>(shared_.task().item.first_column) + tile_.lane * kOwnColumns;
 #pragma unroll 1
     for (int slice = 0; slice < num_slices_; ++slice) {
 #pragma unroll
       for (int r = 0; r < kLinearOwnRows; ++r) {
-        const int d = slice * kLinearSlice + first_row_ + r;
+        const int d = slice * kLinearSlice + tile_.first_row + r;
         Own& s = own_state(d);
 #pragma unroll
         for (int c = 0; c < kOwnColumns; ++c) {
@@ -426,7 +336,7 @@ class LinearBlock {
     const LinearItem& item = shared_.task().item;
     state_is_zero_ = pass_.starts == nullptr;
 #pragma unroll 1
-    for (int d = first_row_; d < kHeadDim; d += kLinearSlice) {
+    for (int d = tile_.first_row; d < kHeadDim; d += kLinearSlice) {
 #pragma unroll
       for (int r = 0; r < kLinearOwnRows; ++r) own_state(d + r) = Own{};
     }
@@ -461,15 +371,15 @@ class LinearBlock {
 
   // write out
   LONGCTX_DEVICE void write_rows(int64_t chunk, const float (&row_sums)[kLinearOwnRows],
-                                 float (&acc)[kLinearOwnRows][kOwnColumns]) const {
+                                 Rows& acc) const {
     const LinearTask& task = shared_.task();
     const int num_rows = task.item.num_rows(chunk);
-    const int column = lane_ * kOwnColumns;
+    const int column = tile_.lane * kOwnColumns;
     const int num_columns = static_cast<int>(p_.head_dim_v - task.item.first_column) - column;
     const int64_t first = chunk * kLinearChunk;
 #pragma unroll
     for (int r = 0; r < kLinearOwnRows; ++r) {
-      const int row = first_row_ + r;
+      const int row = tile_.first_row + r;
       if (row >= num_rows) continue;
       float scale = 1.0f;
       if (!pass_.raw_out) {
@@ -505,8 +415,7 @@ class LinearBlock {
   const Shared shared_;
   const int num_slices_;
   const int warp_;
-  const int lane_;       // among the threads of a row
-  const int first_row_;  // of the thread's eight
+  const Tile tile_;
   bool state_is_zero_ = true;
 };
 
