@@ -28,6 +28,10 @@ KeyCut find_cut(const TopKKernels& kernels, const uint32_t* keys, int64_t count,
   int64_t sums[1 << kMaxDigitBits];
   while (count > 0) {
     const KeyRange range = kernels.key_range(keys, count);
+    if (range.low == range.high) {
+      const int64_t each = weight(range.low);
+      return {range.low, each > 0 ? (wanted + each - 1) / each : INT64_MAX};
+    }
     const int digit_bits = std::clamp(bit_length(static_cast<uint64_t>(count)), 6, kMaxDigitBits);
     const int shift = std::max(0, bit_length(range.high - range.low) - digit_bits);
     int digit = static_cast<int>((range.high - range.low) >> shift);
@@ -37,7 +41,7 @@ KeyCut find_cut(const TopKKernels& kernels, const uint32_t* keys, int64_t count,
     if (digit < 0) break;
     const uint32_t low = range.low + (static_cast<uint32_t>(digit) << shift);
     if (shift == 0) {
-      const int64_t each = weight(low);
+      const int64_t each = weight(low);  // positive: its digit reached the sum
       return {low, (wanted + each - 1) / each};
     }
     count = kernels.collect(keys, count, {low, low + ((1u << shift) - 1)}, spare);

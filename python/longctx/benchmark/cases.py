@@ -231,6 +231,29 @@ def _select_blocks(length: int, dtype: torch.dtype) -> Contenders:
     return Contenders(run, 0.0, scores.nbytes)
 
 
+def _score_rows(length: int, dtype: torch.dtype, rows: str) -> Tensor:
+    scores = torch.randn(8, length, generator=torch.Generator().manual_seed(0))
+    made = {
+        "random": lambda: scores,
+        "ascending": lambda: scores.sort(dim=-1).values,
+        "descending": lambda: scores.sort(dim=-1, descending=True).values,
+        "constant": lambda: torch.ones_like(scores),
+        "16 values": lambda: (4 * scores).round().clamp(-8, 7),
+    }[rows]()
+    return made.to(dtype)
+
+
+def _topk_select(length: int, dtype: torch.dtype, *, rows: str) -> Contenders:
+    """The twin sorts each row; torch.topk breaks ties as it likes."""
+    scores = _score_rows(length, dtype, rows)
+    k = min(2048, length // 4)
+    run: dict[str, Callable[[], object]] = {
+        "longctx": lambda: longctx.topk_select(scores, k),
+        "torch.topk": lambda: torch.topk(scores, k),
+    }
+    return Contenders(run, 0.0, scores.nbytes, exact=functools.partial(reference.topk_select, scores, k))
+
+
 def _attention_mass(length: int, dtype: torch.dtype) -> Contenders:
     """What the last block of queries looks at: the estimate behind FlexPrefill and MInference."""
     q, k, v = _qkv(length, dtype, 8, 2, 128)
@@ -384,6 +407,25 @@ CASES = [
         _partial(_block_scores, method="antidiagonal"),
     ),
     Case("top 10%, 8 heads", "select_blocks", 65536, FP32, _select_blocks),
+    *(
+        Case(
+            f"2048, 8 rows, {rows}",
+            "topk_select",
+            length,
+            FP32,
+            _partial(_topk_select, rows=rows),
+            {"torch.topk": goal},
+        )
+        for length, random_goal in ((1 << 20, (5.0, 9.0)), (1 << 17, (5.0, 8.0)))
+        for rows, goal in (
+            ("random", random_goal),
+            ("ascending", (2.0, 5.0)),
+            ("descending", (2.0, 5.0)),
+            ("constant", (2.0, 5.0)),
+            ("16 values", (2.0, 5.0)),
+        )
+    ),
+    Case("2048, 8 rows, random", "topk_select", 1 << 20, BF16, _partial(_topk_select, rows="random")),
     Case("last 128 queries by key, GQA 8/2, D=128", "attention_mass", 32768, BF16, _attention_mass),
     Case("8 heads, D=128", "linear_attention", 16384, BF16, _linear, {"torch chunks": (6.0, 14.0)}),
     Case("8 heads, D=128", "linear_attention", 16384, FP32, _linear, {"torch chunks": (2.5, 4.5)}),
