@@ -10,14 +10,18 @@ namespace {
 constexpr const char* kOp = "linear_attention_decode";
 
 template <class T, int kRows>
-void decode_columns(const LinearAttentionDecodeParams& p, const DecodeLaunch& columns) {
+void decode_columns(const LinearAttentionDecodeParams& p, DecodeLaunch columns) {
   constexpr int64_t kFloat = sizeof(float);
   const bool vectors = columns.num_columns % kDecodeOwn == 0 && columns.first_column == 0 &&
                        rows_are_aligned(p.state, p.num_slots, p.num_q_heads, p.head_dim, kFloat);
   const auto kernel = vectors ? &linear_attention_decode_kernel<T, kRows, true>
                               : &linear_attention_decode_kernel<T, kRows, false>;
-  const int64_t slices = (columns.num_columns + kDecodeColumns - 1) / kDecodeColumns;
-  launch(kOp, kernel, dim3(static_cast<unsigned>(p.batch * p.num_q_heads * slices)), kDecodeThreads,
+  columns.num_slices =
+      static_cast<uint32_t>((columns.num_columns + kDecodeColumns - 1) / kDecodeColumns);
+  columns.num_heads = static_cast<uint32_t>(p.num_q_heads);
+  columns.group_size = static_cast<uint32_t>(p.num_q_heads / p.num_kv_heads);
+  const int64_t blocks = p.batch * p.num_q_heads * columns.num_slices;
+  launch(kOp, kernel, dim3(static_cast<unsigned>(blocks)), kDecodeThreads,
          DecodeShared<kRows * kDecodeRowGroups>::bytes(columns.tokens), p, columns);
 }
 

@@ -22,7 +22,10 @@ constexpr int kDecodeTokens = 8;  // between two barriers, at most
 struct DecodeLaunch {
   int64_t first_column = 0;  // of the state
   int64_t num_columns = 0;
-  int32_t tokens = 0;  // between two barriers
+  uint32_t num_slices = 0;  // of num_columns, one a block
+  uint32_t num_heads = 0;   // of q
+  uint32_t group_size = 0;  // heads of q to one of k
+  int32_t tokens = 0;       // between two barriers
   // [batch, num_q_heads, num_tokens]: q^T z + eps, or null without `normalize`. The column z is
   // updated and the sums are written by a launch of its own, because blocks of this one would read
   // z while one of them changes it.
@@ -143,15 +146,19 @@ struct DecodeState {
 
 // T: of q, k, v and out. kRows: of the state, of a thread.
 template <class T, int kRows, bool vectors>
-LONGCTX_KERNEL(kDecodeThreads, kRows > 8 ? 3 : 5)
+LONGCTX_KERNEL(kDecodeThreads, kRows > 8 ? 2 : 5)
 linear_attention_decode_kernel(const LONGCTX_GRID_CONSTANT LinearAttentionDecodeParams p,
                                const LONGCTX_GRID_CONSTANT DecodeLaunch launch) {
   constexpr int kHeadDim = kRows * kDecodeRowGroups;
-  const int64_t slices = (launch.num_columns + kDecodeColumns - 1) / kDecodeColumns;
-  const int64_t map = device::block_index() / slices;
-  const int64_t batch = map / p.num_q_heads, head = map % p.num_q_heads;
-  const int64_t kv_head = head / (p.num_q_heads / p.num_kv_heads);
-  const int64_t first_column = device::block_index() % slices * kDecodeColumns;
+  // Divisions of 32 bits: those of 64 would take as long as the state's way here.
+  const auto block = static_cast<uint32_t>(device::block_index());
+  const uint32_t map = block / launch.num_slices;
+  const uint32_t batch = map / launch.num_heads, head = map % launch.num_heads;
+  const uint32_t kv_head = head / launch.group_size;
+  // Opaque: where the compiler knows the lowest bits it adds columns by OR, and then no longer sees
+  // that a thread's are neighbours, which takes four stores for one.
+  const int64_t first_column =
+      device::opaque(static_cast<int>(block % launch.num_slices) * kDecodeColumns);
   const int64_t left = launch.num_columns - first_column;
   const int num_columns = left < kDecodeColumns ? static_cast<int>(left) : kDecodeColumns;
   const int thread = device::thread_index();
@@ -183,7 +190,7 @@ linear_attention_decode_kernel(const LONGCTX_GRID_CONSTANT LinearAttentionDecode
   const T* k_rows = static_cast<const T*>(p.k.data) + offset_in(p.k, batch, kv_head, 0);
   const T* v_rows =
       static_cast<const T*>(p.v.data) + offset_in(p.v, batch, kv_head, 0) + first_column;
-  const int64_t first_output = map * p.num_tokens;  // in denominators
+  const int64_t first_output = int64_t{map} * p.num_tokens;  // in denominators
   const DecodeShared<kHeadDim> shared{launch.tokens};
 
   for (int64_t begin = 0; begin < p.num_tokens; begin += launch.tokens) {
@@ -230,9 +237,11 @@ linear_attention_decode_kernel(const LONGCTX_GRID_CONSTANT LinearAttentionDecode
         for (int mask = kDecodeRowThreads; mask < device::kWarpSize; mask *= 2) {
           sums[i] += device::shuffle_xor(sums[i], mask);
         }
-        if (device::lane_index() < kDecodeRowThreads) {
-          shared.sums(token, thread / device::kWarpSize)[state.column(i)] = sums[i];
-        }
+      }
+      if (device::lane_index() < kDecodeRowThreads) {
+        float* to = shared.sums(token, thread / device::kWarpSize);
+#pragma unroll
+        for (int i = 0; i < kDecodeOwn; ++i) to[state.column(i)] = sums[i];
       }
     }
     device::sync_threads();
