@@ -52,6 +52,7 @@ RECORDING = frozenset(
         "block_sparse_attention",
         "cuda",
         "linear_attention",
+        "linear_attention_backward",
         "linear_attention_decode",
         "merge_states",
         "opcheck",

@@ -289,13 +289,12 @@ def chunked_linear_attention(
 
     def run() -> tuple[Tensor, Tensor]:
         state = torch.zeros(*q.shape[:2], q.shape[3], v.shape[3], device=q.device)
-        out = torch.empty_like(v)
-        for begin in range(0, q.shape[2], chunk):
-            q_rows, k_rows, v_rows = (x[:, :, begin : begin + chunk] for x in (q, k, v))
+        out = []
+        for q_rows, k_rows, v_rows in zip(*(x.split(chunk, dim=2) for x in (q, k, v)), strict=True):
             within = ((q_rows @ k_rows.transpose(2, 3)) * pairs) @ v_rows
-            out[:, :, begin : begin + chunk] = within + (q_rows * rows) @ state.to(q.dtype)
+            out.append(within + (q_rows * rows) @ state.to(q.dtype))
             state = carry * state + ((k_rows * keys).transpose(2, 3) @ v_rows).float()
-        return out, state
+        return torch.cat(out, dim=2), state
 
     return run
 
@@ -311,6 +310,29 @@ def _linear(length: int, dtype: torch.dtype) -> Contenders:
     }
     twin = functools.partial(reference.linear_attention, q, k, v, log_decay)
     return Contenders(run, 8.0 * length * 128 * (2 * 64 + 4 * 128), 4.0 * q.nbytes, exact=twin)
+
+
+def _linear_gradients(length: int, dtype: torch.dtype) -> Contenders:
+    """Forward and backward under a fixed decay."""
+    q, k, v = _qkv(length, dtype, 8, 8, 128)
+    k = 0.1 * 128**-0.5 * k
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    log_decay = -(2.0 ** -torch.arange(1.0, 9.0))
+    dout = torch.randn(v.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+    def gradients(forward: Callable[..., tuple[Tensor, Tensor]]) -> Callable[[], object]:
+        def run() -> object:
+            with torch.enable_grad():  # contenders are timed without
+                return torch.autograd.grad(forward()[0], inputs, dout)
+
+        return run
+
+    run: dict[str, Callable[[], object]] = {
+        "longctx": gradients(functools.partial(longctx.linear_attention, q, k, v, log_decay)),
+        "torch chunks": gradients(chunked_linear_attention(q, k, v, log_decay)),
+    }
+    twin = gradients(functools.partial(reference.linear_attention, q, k, v, log_decay))
+    return Contenders(run, 4 * 8.0 * length * 128 * (2 * 64 + 4 * 128), 4 * 4.0 * q.nbytes, exact=twin)
 
 
 def _linear_states(length: int, dtype: torch.dtype) -> Contenders:
@@ -429,6 +451,15 @@ CASES = [
     Case("last 128 queries by key, GQA 8/2, D=128", "attention_mass", 32768, BF16, _attention_mass),
     Case("8 heads, D=128", "linear_attention", 16384, BF16, _linear, {"torch chunks": (6.0, 14.0)}),
     Case("8 heads, D=128", "linear_attention", 16384, FP32, _linear, {"torch chunks": (2.5, 4.5)}),
+    Case(
+        "forward + backward, 8 heads, D=128",
+        "linear_attention",
+        16384,
+        BF16,
+        _linear_gradients,
+        {"torch chunks": (5.0, 12.0)},
+    ),
+    Case("forward + backward, 8 heads, D=128", "linear_attention", 16384, FP32, _linear_gradients),
     Case("8 heads, D=128", "linear_attention_states", 16384, BF16, _linear_states),
     Case("64 heads, D=128", "linear_attention_decode", 1, BF16, _linear_decode, {"torch": (3.0, 8.0)}),
     Case("64 heads, D=128", "linear_attention_decode", 1, FP32, _linear_decode, {"torch": (3.0, 8.0)}),

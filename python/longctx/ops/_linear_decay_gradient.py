@@ -35,36 +35,60 @@ def decay_gradient(
     `forwards` makes `S`, `backwards` makes `R`; `scale` is what their products count. `crossing` `[batch, num_heads,
     seqlen]` is what every token adds to the gradients of decays up to its own.
     """
-    keys, values, state = forwards
-    states = torch.ops.longctx.linear_attention_states(keys, values, log_decay, state, cu_seqlens, False, False)
+    keys, values, start = forwards
+    states = torch.ops.longctx.linear_attention_states(keys, values, log_decay, start, cu_seqlens, False, False)
     keys, values, end = backwards
     gradients = torch.ops.longctx.linear_attention_states(keys, values, log_decay, end, cu_seqlens, False, True)
-    # At the end of a chunk: the state there and what the chunk behind it makes of its gradient.
+    # Between two chunks: the state there and its gradient.
     between = (states[:, :, :-1] * gradients[:, :, 1:]).sum((3, 4))
     if cu_seqlens is None:
-        per_token = _of_whole(crossing, scale, states, between, end)
+        per_token = _of_whole(crossing, scale, states, gradients, between, start, end)
     else:
-        per_token = _of_packed(crossing, scale, states, between, end, cu_seqlens)
+        per_token = _of_packed(crossing, scale, states, gradients, between, start, end, cu_seqlens)
     return per_token if log_decay.dim() == 3 else per_token.sum((0, 2))
 
 
-def _in_chunk(crossing: Tensor, from_behind: Tensor) -> Tensor:
-    """Sums over the tokens from each on, in its chunk [.., CHUNK_SIZE], and what comes from behind the chunk."""
-    return crossing.flip(-1).cumsum(-1).flip(-1) + from_behind[..., None]
+def _in_chunk(crossing: Tensor, before: Tensor, behind: Tensor) -> Tensor:
+    """Sums over the tokens from each on, in its chunk [.., CHUNK_SIZE], and what comes from behind the chunk.
+
+    All of a chunk adds up to what stands before it but for rounding errors, which grow with the number of terms: spread
+    over the chunk, they are half as large.
+    """
+    sums = crossing.flip(-1).cumsum(-1).flip(-1)
+    missing = before - behind - sums[..., 0]
+    share = 1.0 - torch.arange(CHUNK_SIZE, device=sums.device, dtype=sums.dtype) / CHUNK_SIZE
+    return sums + behind[..., None] + missing[..., None] * share
 
 
-def _of_whole(crossing: Tensor, scale: float, states: Tensor, between: Tensor, end: Tensor | None) -> Tensor:
+def _of_whole(
+    crossing: Tensor,
+    scale: float,
+    states: Tensor,
+    gradients: Tensor,
+    between: Tensor,
+    start: Tensor | None,
+    end: Tensor | None,
+) -> Tensor:
     seqlen, num_chunks = crossing.shape[2], states.shape[2]
     if num_chunks == 0:
         return crossing
-    last = between.new_zeros(between.shape[:2]) if end is None else (states[:, :, -1] * end).sum((2, 3))
-    from_behind = scale * torch.cat([between, last[..., None]], dim=2)
+    none = between.new_zeros(between.shape[:2])
+    first = none if start is None else (start * gradients[:, :, 0]).sum((2, 3))
+    last = none if end is None else (states[:, :, -1] * end).sum((2, 3))
+    edges = scale * torch.cat([first[..., None], between, last[..., None]], dim=2)
     padded = F.pad(crossing, (0, num_chunks * CHUNK_SIZE - seqlen)).unflatten(2, (num_chunks, CHUNK_SIZE))
-    return _in_chunk(padded, from_behind).flatten(2)[:, :, :seqlen]
+    return _in_chunk(padded, edges[:, :, :-1], edges[:, :, 1:]).flatten(2)[:, :, :seqlen]
 
 
 def _of_packed(
-    crossing: Tensor, scale: float, states: Tensor, between: Tensor, end: Tensor | None, cu_seqlens: Tensor
+    crossing: Tensor,
+    scale: float,
+    states: Tensor,
+    gradients: Tensor,
+    between: Tensor,
+    start: Tensor | None,
+    end: Tensor | None,
+    cu_seqlens: Tensor,
 ) -> Tensor:
     """The chunks of a sequence follow those of the one before; offsets are read on the device only."""
     seqlen, num_chunks, num_seqs = crossing.shape[2], states.shape[2], cu_seqlens.shape[0] - 1
@@ -74,14 +98,19 @@ def _of_packed(
     end_token = torch.maximum(cu_seqlens[1:].long().clamp(0, seqlen), first_token)
     chunks = (end_token - first_token + CHUNK_SIZE - 1) // CHUNK_SIZE
     end_chunk = chunks.cumsum(0)
-    # Where a sequence ends, the gradient of its final state stands, not the next sequence. One slot more takes what
-    # belongs nowhere.
-    last_chunk = torch.where(chunks > 0, end_chunk - 1, num_chunks).clamp(max=num_chunks)
-    ends = between.new_zeros((*between.shape[:2], num_seqs))
-    if end is not None:
-        at_ends = states.index_select(2, last_chunk.clamp(max=num_chunks - 1))
-        ends = (at_ends * end.transpose(0, 1)).sum((3, 4))
-    from_behind = scale * F.pad(between, (0, 2)).index_copy(2, last_chunk, ends)[:, :, :num_chunks]
+
+    def at_edges(edges: Tensor, chunk: Tensor, given: Tensor | None, found: Tensor) -> Tensor:
+        """`edges` of chunks, where at the edge of a sequence the other one's state does not count, but the given."""
+        products = edges.new_zeros((*edges.shape[:2], num_seqs))
+        if given is not None:
+            own = found.index_select(2, chunk.clamp(max=num_chunks - 1))
+            products = (own * given.transpose(0, 1)).sum((3, 4))
+        # One slot more takes what belongs to an empty sequence.
+        chunk = torch.where(chunks > 0, chunk, num_chunks).clamp(max=num_chunks)
+        return scale * F.pad(edges, (0, 1)).index_copy(2, chunk, products)[:, :, :num_chunks]
+
+    before = at_edges(F.pad(between, (1, 0)), end_chunk - chunks, start, gradients)
+    behind = at_edges(F.pad(between, (0, 1)), (end_chunk - 1).clamp(min=0), end, states)
 
     token = torch.arange(seqlen, device=crossing.device)
     sequence = torch.bucketize(token, end_token, right=True).clamp(max=num_seqs - 1)
@@ -90,5 +119,5 @@ def _of_packed(
     slot = torch.where(owned, slot, num_chunks * CHUNK_SIZE).clamp(max=num_chunks * CHUNK_SIZE)
     padded = crossing.new_zeros((*crossing.shape[:2], num_chunks * CHUNK_SIZE + 1))
     padded = padded.index_copy(2, slot, crossing * owned)[:, :, :-1].unflatten(2, (num_chunks, CHUNK_SIZE))
-    result = F.pad(_in_chunk(padded, from_behind).flatten(2), (0, 1))
+    result = F.pad(_in_chunk(padded, before, behind).flatten(2), (0, 1))
     return result.index_select(2, slot) * owned
