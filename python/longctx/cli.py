@@ -32,7 +32,8 @@ def add_demo(parser: argparse.ArgumentParser) -> None:
         "Finds needles in local text with a transformers model whose weights are constructed: no download, "
         "about two minutes on two cores. The exit code tells whether every check held."
     )
-    parser.add_argument("--quick", action="store_true", help="8k tokens, fewer depths and no timing sweep")
+    parser.add_argument("--linear", action="store_true", help="train and stream a model of linear attention instead")
+    parser.add_argument("--quick", action="store_true", help="8k tokens, fewer depths, steps and lengths")
     parser.add_argument("--length", type=int, help="tokens of the long prompt (32768; 8192 with --quick)")
     parser.add_argument("--needle", metavar="'KEY V1 V2'", help="a fact of your own to find (default: random ones)")
     parser.add_argument("--depth", type=float, default=0.37, help="where in the long prompt it stands, 0 to 1")
@@ -49,7 +50,9 @@ def add_demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", type=Path, metavar="PATH", help="a local transformers checkpoint instead")
     parser.add_argument("--prompt", type=Path, metavar="FILE", help="its prompt")
     parser.add_argument("--json", type=Path, metavar="OUT", help="write every measurement to this file")
-    parser.add_argument("--out", type=Path, default=Path("longctx-demo"), metavar="DIR", help="where the figure goes")
+    parser.add_argument(
+        "--out", type=Path, default=Path("longctx-demo"), metavar="DIR", help="where figures and tables go"
+    )
     parser.set_defaults(run=run_demo)
 
 
@@ -58,9 +61,9 @@ def run_demo(args: argparse.Namespace) -> int:
         import transformers  # noqa: F401
     except ImportError:
         raise ImportError("the demo runs a transformers model: pip install 'longctx[demo]'") from None
-    from longctx.demo.main import run
+    from longctx.demo import linear, main
 
-    return run(args)
+    return linear.run(args) if args.linear else main.run(args)
 
 
 def add_bench(parser: argparse.ArgumentParser) -> None:

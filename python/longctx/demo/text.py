@@ -71,10 +71,7 @@ class Haystack:
     @classmethod
     def read(cls, path: Path | None, num_words: int) -> Haystack:
         """The words of a file, or of Python's own documentation, at least `num_words` of them."""
-        if path is not None:
-            source, text = str(path), path.read_text(encoding="utf-8")
-        else:
-            source, text = _python_documentation(num_words)
+        source, text = read_text(path, num_words)
         words = WORD.findall(text)
         if len(words) < num_words:
             raise ValueError(f"longctx: {source} has {len(words)} words; {num_words} are needed for this length")
@@ -88,6 +85,13 @@ class Haystack:
             raise ValueError(f"longctx: no prompt of {length} words with a needle at depth {depth}")
         at = round(depth * room)
         return [BOS_WORD, *self.words[:at], *needle.words, *self.words[at:room], *question]
+
+
+def read_text(path: Path | None, num_words: int = 0) -> tuple[str, str]:
+    """What it is and what it says: a file, or Python's own documentation, of about `num_words` or more."""
+    if path is not None:
+        return str(path), path.read_text(encoding="utf-8")
+    return _python_documentation(num_words)
 
 
 def tokenizer(*texts: tuple[str, ...] | list[str], max_words: int = 1 << 15) -> PreTrainedTokenizerFast:

@@ -14,8 +14,8 @@ from longctx.linear import LightningState
 class LightningCache(Cache):
     """What `generate` hands from step to step; empty until the first forward pass.
 
-    It can be reordered for beams, repeated, copied (`copy.deepcopy`) to branch off, and reset, but not rolled back:
-    a state does not know what it was before its last token. So assisted decoding is refused.
+    It can be reordered for beams, repeated, copied to `branch` off, and reset, but not rolled back: a state does not
+    know what it was before its last token. So assisted decoding is refused.
 
     Attributes:
         states: of each layer, `LightningState`.
@@ -43,6 +43,12 @@ class LightningCache(Cache):
         self.states = list(states)
         self.seqlen += num_positions
 
+    def branch(self) -> LightningCache:
+        """A copy that goes its own way."""
+        twin = LightningCache()
+        twin.advance([state.clone() for state in self.states], self.seqlen)
+        return twin
+
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.seqlen
 
@@ -61,7 +67,7 @@ class LightningCache(Cache):
     def crop(self, *_: Any) -> None:
         raise NotImplementedError(
             "longctx: a LightningCache cannot be cropped, its states do not know what they were before; keep a "
-            "copy.deepcopy of the cache from before, or decode without assistance"
+            "`branch()` of the cache from before, or decode without assistance"
         )
 
     def _rebatch(self, change: Callable[[Tensor], Tensor]) -> None:

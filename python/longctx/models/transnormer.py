@@ -217,10 +217,10 @@ class TransNormerLM(TransNormerPreTrainedModel, GenerationMixin):
     """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
-    loss_type = "ForCausalLM"
 
     def __init__(self, config: TransNormerConfig) -> None:
         super().__init__(config)
+        self.loss_type = "ForCausalLM"
         self.model = TransNormerModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
