@@ -149,7 +149,10 @@ def stream(ids: Tensor, positions: Sequence[int], num_tokens: int, path: Path, p
     results: list[Position] = []
     cache, seconds, bits, at = LightningCache(), 0.0, math.nan, 0
     with torch.inference_mode():
-        _one_by_one(model, LightningCache(), ids[:num_tokens])  # warm up
+        for _ in range(2):  # warm up: two pieces that follow each other have all buffers there are
+            model(ids[None, : positions[0]], **{CACHE_NAME: cache})
+        _one_by_one(model, cache, ids[:num_tokens])
+        cache.reset()
         for position in positions:
             while at < position:
                 piece = ids[None, at : at + positions[0]]
