@@ -29,6 +29,8 @@ SIMT_TESTS: dict[str, frozenset[str]] = {
     "test_conventions.py": frozenset(),
     "test_cuda.py": frozenset(),
     "test_linear_attention_decode.py": frozenset(),
+    "test_linear_attention.py": frozenset(),
+    "test_linear_attention_reverse.py": frozenset(),
     "test_merge_states.py": frozenset(),
     "test_policy.py": frozenset({"test_equals_masked_dense"}),
     "test_select_blocks.py": frozenset(),

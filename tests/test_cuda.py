@@ -39,7 +39,7 @@ def test_float64_raises(case: OpCase) -> None:
 @on_cuda_kernels
 @pytest.mark.parametrize("name", [case.name for case in supported(*CASES.values()) if "q" in case.differentiable])
 def test_large_head_dim_raises(name: str) -> None:
-    call = qkv(torch.float32, head_dim=300, head_dim_v=16)
+    call = qkv(torch.float32, seqlen_q=75, seqlen_k=75, head_dim=300, head_dim_v=16)
     if name == "block_sparse_attention":
         call = random_blocks(call, block_size_q=16, block_size_k=16)
     if name in ("attention_mass", "block_scores"):

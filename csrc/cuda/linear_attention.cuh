@@ -382,7 +382,7 @@ class LinearBlock {
         float weight = weights.rows[row];
         // A weight of 0 forgets, whatever was there.
         const bool forgets = weight == 0;
-        if (kHalf) weight *= unit / row_unit(row);
+        if (kHalf) weight *= state_unit_ * unit / row_unit(row);
 #pragma unroll
         for (int n = 0; n < 2 * kColumnTiles; ++n) {
 #pragma unroll
@@ -447,15 +447,8 @@ class LinearBlock {
 
   // s = carry * s + (weights * v)^T k.
   LONGCTX_DEVICE void update_state(const LinearWeights& weights, int stage) {
-    const float carry = weights.carry;
-#pragma unroll
-    for (int c = 0; c < kColumnTiles; ++c) {
-#pragma unroll
-      for (int n = 0; n < kHeadDim / 8; ++n) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) state_[c][n][i] = carry == 0 ? 0.0f : state_[c][n][i] * carry;
-      }
-    }
+    scale_state(kHalf ? weights.carry * state_unit_ : weights.carry);
+    state_unit_ = weights.unit;
     const MatrixLane<kHeadDim> k_lane(shared_.base, true);
     const int k_offset = Shared::kK + stage * Shared::kKBytes;
 #pragma unroll
@@ -487,6 +480,20 @@ class LinearBlock {
     if (p_.normalize) update_key_sums(weights, k_offset);
   }
 
+  // A factor of 0 forgets, whatever was there.
+  LONGCTX_DEVICE void scale_state(float factor) {
+#pragma unroll
+    for (int c = 0; c < kColumnTiles; ++c) {
+#pragma unroll
+      for (int n = 0; n < kHeadDim / 8; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          state_[c][n][i] = factor == 0 ? 0.0f : state_[c][n][i] * factor;
+        }
+      }
+    }
+  }
+
   // A thread owns two neighbouring ones.
   LONGCTX_DEVICE void update_key_sums(const LinearWeights& weights, int k_offset) const {
     const int d = 2 * device::thread_index();
@@ -506,7 +513,7 @@ class LinearBlock {
       for (int i = 0; i < 2; ++i) sums[i] += weights.keys[key] * widen_bits16(T(), pair[i]);
     }
 #pragma unroll
-    for (int i = 0; i < 2; ++i) shared_.key_sums()[d + i] = sums[i];
+    for (int i = 0; i < 2; ++i) shared_.key_sums()[d + i] = sums[i] * weights.unit;
   }
 
   // Visits the lane's elements of the state: visit(element, its place in [head_dim, state_dim]).
@@ -562,7 +569,8 @@ class LinearBlock {
   }
 
   LONGCTX_DEVICE void store_state(float* to) {
-    for_each_state([to](const float& element, int at) { to[at] = element; });
+    const float unit = kHalf ? state_unit_ : 1.0f;
+    for_each_state([to, unit](const float& element, int at) { to[at] = element * unit; });
     if (shared_.task().item.first_column > 0) return;
     for_each_key_sum([this, to](const float& sum, int d, int at) {
       if (d < p_.head_dim) to[at] = sum;
@@ -637,6 +645,7 @@ class LinearBlock {
   const int warp_;
   // The warp's columns of the state, transposed: accumulators [columns, head_dim].
   float state_[kColumnTiles][kHeadDim / 8][4];
+  float state_unit_ = 1;  // what float16 keeps of it is a multiple of this
   bool state_is_zero_ = true;
 };
 
@@ -655,6 +664,7 @@ template <class T, int kHeadDim, int kColumns>
 void launch_linear_tile(const LinearAttentionParams& p, const LinearPass& pass) {
   LinearLaunch launch_params;
   launch_params.pass = pass;
+  launch_params.pass.key_units = std::is_same_v<T, __half>;
   launch_params.q = source_rows(p.q, p.head_dim, kChunk);
   launch_params.k = source_rows(p.k, p.head_dim, kChunk);
   launch_params.v = source_rows(p.v, p.head_dim_v, kChunk);

@@ -1,6 +1,7 @@
 // How linear attention rounds operands to 16 bits, and stores accumulated rows.
 #pragma once
 #include "cuda/fragments.cuh"
+#include "cuda/linear_weights.cuh"
 
 namespace longctx::cuda {
 
@@ -22,17 +23,11 @@ LONGCTX_DEVICE uint32_t weigh_pair(T, uint32_t pair, float low, float high) {
                            widen_bits16(T(), static_cast<uint16_t>(pair >> 16)) * high);
 }
 
-// The power of two that float16 numbers up to `largest` should be divided by: what is largest comes
-// to lie in [2^13, 2^14), so that nothing overflows and little is subnormal.
+// What numbers up to `largest` are divided by before they are rounded to float16: the largest comes
+// to lie in [2^13, 2^14), so that nothing overflows and little is subnormal. At least 2^-30: the
+// ratio of two units must not overflow.
 LONGCTX_DEVICE float half_unit(float largest) {
-  uint32_t bits;
-  memcpy(&bits, &largest, sizeof(bits));
-  int exponent = static_cast<int>(bits >> 23 & 0xff) - 13;
-  exponent = exponent < 67 ? 67 : exponent > 242 ? 242 : exponent;  // 2^-60 to 2^115
-  bits = static_cast<uint32_t>(exponent) << 23;
-  float unit;
-  memcpy(&unit, &bits, sizeof(unit));
-  return unit;
+  return power_of_two(fmaxf(largest, 0x1p-17f)) * 0x1p-13f;
 }
 
 // Exchanges words among the lanes of a quad: lane q gets word q of each, in their order.

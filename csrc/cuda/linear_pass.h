@@ -19,6 +19,7 @@ struct LinearPass {
   bool rows = false;          // out is wanted
   bool keys = false;          // the state takes up the keys
   bool beyond_keys = false;   // chunks go on where rows do and keys do not
+  bool key_units = false;     // weights of keys are wanted in units that float16 can hold
   int64_t num_segments = 1;   // of a sequence, in the order in which they are walked
   int64_t num_walked = 1;     // the first so many of them are
   int64_t slice_columns = 0;  // of v, in an item

@@ -8,11 +8,23 @@ namespace longctx::cuda {
 // In shared memory. Key j counts in row i by the decay between them, whichever comes first.
 struct alignas(16) LinearWeights {
   float rows[kLinearChunk];  // the state before the chunk, in row i
-  float keys[kLinearChunk];  // key j in the state behind it; 0 where there is no key
+  float keys[kLinearChunk];  // key j in the state behind it, in units; 0 where there is no key
   // With a decay per token: the sums up to and with each token as log2, each in two parts.
   float2 sums[kLinearChunk];
-  float carry;  // the state before the chunk in the state behind it
+  float carry;  // the state before the chunk in the state behind it, in units
+  float unit;   // 1, or with pass.key_units the power of two below the largest weight of a key
 };
+
+// The largest power of two up to x, which is not negative; between 2^-120 and 2^120.
+LONGCTX_DEVICE float power_of_two(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof(bits));
+  int exponent = static_cast<int>(bits >> 23);
+  exponent = exponent < 7 ? 7 : exponent > 247 ? 247 : exponent;
+  bits = static_cast<uint32_t>(exponent) << 23;
+  memcpy(&x, &bits, sizeof(x));
+  return x;
+}
 
 // Of a head, in shared memory.
 struct alignas(16) LinearDecay {
@@ -83,6 +95,12 @@ class LinearWeigher {
   }
 
  private:
+  // Walked backwards, the first key of a chunk weighs most, perhaps little; else the last one
+  // does, 1.
+  LONGCTX_DEVICE float key_unit(float first_weight) const {
+    return pass_.key_units && pass_.descending ? power_of_two(first_weight) : 1.0f;
+  }
+
   LONGCTX_DEVICE void weigh_tokens(int num_keys, LinearWeights& weights) const {
     constexpr double kLog2E = 1.4426950408889634;
     const int lane = device::lane_index();
@@ -94,6 +112,7 @@ class LinearWeigher {
     double before = device::shuffle_up(through, 1);
     if (lane == 0) before = 0;
     const double last = device::shuffle(through, device::kWarpSize - 1);
+    const float unit = key_unit(expf(device::shuffle(own_[0], 0)));
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int token = 2 * lane + i;
@@ -102,29 +121,32 @@ class LinearWeigher {
       const float to_end = expf(static_cast<float>(last - sum));
       weights.rows[token] = pass_.descending ? to_end : from_begin;
       const float key = pass_.descending ? from_begin : to_end;
-      weights.keys[token] = token < num_keys ? key : 0.0f;
+      weights.keys[token] = token < num_keys ? key / unit : 0.0f;
       const double log2_sum = sum * kLog2E;
       const float high = static_cast<float>(log2_sum);
       weights.sums[token] = {high, static_cast<float>(log2_sum - high)};
     }
     if (lane == 0) {
-      weights.carry = expf(static_cast<float>(last));
+      weights.carry = expf(static_cast<float>(last)) / unit;
+      weights.unit = unit;
       decay_.total += last;
     }
   }
 
   LONGCTX_DEVICE void weigh_powers(int num_keys, LinearWeights& weights) const {
     const float* powers = decay_.powers;
+    const float unit = key_unit(powers[1]);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int token = 2 * device::lane_index() + i;
       const float to_end = token < num_keys ? powers[num_keys - 1 - token] : 0.0f;
       weights.rows[token] = pass_.descending ? to_end : powers[token + 1];
       const float key = pass_.descending ? powers[token + 1] : to_end;
-      weights.keys[token] = token < num_keys ? key : 0.0f;
+      weights.keys[token] = token < num_keys ? key / unit : 0.0f;
     }
     if (device::lane_index() == 0) {
-      weights.carry = powers[num_keys];
+      weights.carry = powers[num_keys] / unit;
+      weights.unit = unit;
       decay_.total += num_keys * log_decay_at(p_.log_decay, 0, p_.num_q_heads, item_.head, 0, 0);
     }
   }
@@ -139,7 +161,7 @@ class LinearWeigher {
       weights.rows[token] = expf(static_cast<float>(log_decay * (distance + token)));
       weights.keys[token] = 0.0f;
     }
-    if (device::lane_index() == 0) weights.carry = 1.0f;
+    if (device::lane_index() == 0) weights.carry = weights.unit = 1.0f;
   }
 
   const LinearAttentionParams& p_;

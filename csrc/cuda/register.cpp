@@ -17,7 +17,9 @@
 #include "ops/block_scores.h"
 #include "ops/block_sparse_attention.h"
 #include "ops/force_cuda_path.h"
+#include "ops/linear_attention.h"
 #include "ops/linear_attention_decode.h"
+#include "ops/linear_attention_states.h"
 #include "ops/merge_states.h"
 #include "ops/select_blocks.h"
 
@@ -141,6 +143,10 @@ STABLE_TORCH_LIBRARY_IMPL(longctx, CUDA, m) {
   m.impl(
       "linear_attention_decode",
       TORCH_BOX(&OnDevice<&linear_attention_decode<cuda::run_linear_attention_decode_cuda>>::run));
+  m.impl("linear_attention",
+         TORCH_BOX(&OnDevice<&linear_attention<cuda::run_linear_attention_cuda>>::run));
+  m.impl("linear_attention_states",
+         TORCH_BOX(&OnDevice<&linear_attention_states<cuda::run_linear_attention_cuda>>::run));
   m.impl("merge_states", TORCH_BOX(&OnDevice<&merge_states<cuda::run_merge_states_cuda>>::run));
   m.impl("select_blocks", TORCH_BOX(&OnDevice<&select_blocks<cuda::run_select_blocks_cuda>>::run));
 }

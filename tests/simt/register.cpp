@@ -6,7 +6,9 @@
 #include "ops/block_scores.h"
 #include "ops/block_sparse_attention.h"
 #include "ops/force_cuda_path.h"
+#include "ops/linear_attention.h"
 #include "ops/linear_attention_decode.h"
+#include "ops/linear_attention_states.h"
 #include "ops/merge_states.h"
 #include "ops/select_blocks.h"
 #include "simt.h"
@@ -71,6 +73,8 @@ STABLE_TORCH_LIBRARY_IMPL(longctx, CPU, m) {
          TORCH_BOX(&block_sparse_attention<run_block_sparse_attention_cuda>));
   m.impl("linear_attention_decode",
          TORCH_BOX(&linear_attention_decode<run_linear_attention_decode_cuda>));
+  m.impl("linear_attention", TORCH_BOX(&linear_attention<run_linear_attention_cuda>));
+  m.impl("linear_attention_states", TORCH_BOX(&linear_attention_states<run_linear_attention_cuda>));
   m.impl("merge_states", TORCH_BOX(&merge_states<run_merge_states_cuda>));
   m.impl("select_blocks", TORCH_BOX(&select_blocks<run_select_blocks_cuda>));
 }
