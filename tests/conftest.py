@@ -28,8 +28,8 @@ SIMT_TESTS: dict[str, frozenset[str]] = {
     "test_block_sparse_attention.py": frozenset(),
     "test_conventions.py": frozenset(),
     "test_cuda.py": frozenset(),
-    "test_linear_attention_decode.py": frozenset(),
     "test_linear_attention.py": frozenset(),
+    "test_linear_attention_decode.py": frozenset(),
     "test_linear_attention_reverse.py": frozenset(),
     "test_merge_states.py": frozenset(),
     "test_policy.py": frozenset({"test_equals_masked_dense"}),
@@ -37,10 +37,12 @@ SIMT_TESTS: dict[str, frozenset[str]] = {
     "test_support_matrix.py": frozenset(),
     "test_target.py": frozenset(),
 }
-# Of these tests, one in so many on fibers: their cases differ little.
+# Of the cases of these tests, or of all tests of these files, one in so many on fibers: they differ little.
 SIMT_ONE_IN = {
     "test_every_block_equals_dense": 5,
     "test_garbage_values_do_no_harm": 5,
+    "test_linear_attention.py": 2,
+    "test_linear_attention_reverse.py": 4,
     "test_random_combinations": 2,
 }
 MAX_CUDA_HEAD_DIM = 256
@@ -84,12 +86,13 @@ def why_left_out(item: pytest.Item, seen: Counter[str]) -> str:
     if target.name == "cpu":
         return ""
     if target.name == "simt":
-        chosen = SIMT_TESTS.get(item.path.name)
-        if chosen is None or (chosen and getattr(item, "originalname", "") not in chosen):
+        file, name = item.path.name, getattr(item, "originalname", "")
+        chosen = SIMT_TESTS.get(file)
+        if chosen is None or (chosen and name not in chosen):
             return "too slow on fibers; every op is compared elsewhere"
-        name = getattr(item, "originalname", "")
-        seen[name] += 1
-        if (seen[name] - 1) % SIMT_ONE_IN.get(name, 1):
+        keys = (f"{file}::{name}", name, file)
+        seen[keys[0]] += 1
+        if (seen[keys[0]] - 1) % next((SIMT_ONE_IN[key] for key in keys if key in SIMT_ONE_IN), 1):
             return "too slow on fibers; other cases of the same test run"
     params = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
     about = {item.path.stem.removeprefix("test_"), getattr(params.get("case"), "name", None)}

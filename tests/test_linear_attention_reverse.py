@@ -64,6 +64,7 @@ def flipped(call: Call) -> Call:
     return call | {name: call[name].flip(2) for name in "qkv"} | {"log_decay": log_decay}
 
 
+@pytest.mark.runs_on("cpu", reason="float64: on CUDA in merge_states alone")
 @pytest.mark.parametrize("per_token", [False, True])
 @pytest.mark.parametrize("length", [1, 64, 150])
 def test_equals_the_forward_sweep_over_flipped_tokens(per_token: bool, length: int) -> None:
@@ -217,6 +218,7 @@ def test_wide_out_of_rows_that_no_sequence_owns() -> None:
         assert_same_bits(rows, torch.zeros_like(rows))
 
 
+@pytest.mark.runs_on("cpu", reason="operands of products are float16 on CUDA")
 def test_wide_out_is_not_rounded_to_16_bits(isa: str) -> None:
     """float16 products are nearly those of float32: only the output loses digits."""
     call = linear(torch.float16, decay=(4,), seqlen_q=150, seqlen_k=150, head_dim=64)
