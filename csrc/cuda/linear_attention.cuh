@@ -14,74 +14,19 @@
 //
 // docs/cuda.md counts what a step costs.
 #pragma once
-#include <type_traits>
-
-#include "cuda/fragments.cuh"
 #include "cuda/linear_attention.h"
 #include "cuda/linear_operands.cuh"
-#include "cuda/linear_weights.cuh"
+#include "cuda/linear_state.cuh"
+#include "cuda/linear_tile.cuh"
 #include "cuda/runtime.h"
 
 namespace longctx::cuda {
-
-constexpr int kLinearWarps = 4;
-constexpr int kLinearThreads = kLinearWarps * device::kWarpSize;
-
-// What a launch hands to the kernel beside the params.
-struct LinearLaunch {
-  LinearPass pass;
-  SourceRows q, k, v;
-  bool out_aligned = false;  // rows of out may be written 16 bytes at a time
-};
-
-// What a block works on. In shared memory, so that it takes no registers while the products run.
-struct alignas(16) LinearTask {
-  LinearItem item;
-  const uint16_t* q;  // [head_dim], the first row of the sequence
-  const uint16_t* k;  // [head_dim]
-  const uint16_t* v;  // the item's columns
-  char* out;          // the item's columns
-};
-
-template <int kHeadDim, int kColumns>
-struct LinearShared {
-  static constexpr int kStages = kHeadDim <= 128 ? 2 : 1;  // of K and V
-  static constexpr int kTokens = kLinearChunk;
-  static constexpr int kQ = 0;  // [kTokens, kHeadDim]
-  static constexpr int kK = kQ + kTokens * TileRows<kHeadDim>::kRowBytes;
-  static constexpr int kKBytes = kTokens * TileRows<kHeadDim>::kRowBytes;
-  static constexpr int kV = kK + kStages * kKBytes;  // [kTokens, kColumns]
-  static constexpr int kVBytes = kTokens * TileRows<kColumns>::kRowBytes;
-  static constexpr int kP = kV + kStages * kVBytes;  // [kTokens, kTokens]
-  static constexpr int kWeights = kP + kTokens * TileRows<kTokens>::kRowBytes;  // [2]
-  static constexpr int kDecay = kWeights + 2 * sizeof(LinearWeights);
-  static constexpr int kTask = kDecay + sizeof(LinearDecay);
-  static constexpr int kKeySums = kTask + sizeof(LinearTask);           // [kHeadDim] float
-  static constexpr int kRowSums = kKeySums + kHeadDim * sizeof(float);  // [kTokens] float
-  static constexpr int kRowUnits = kRowSums + kTokens * sizeof(float);  // [kTokens] float
-  static constexpr int kBytes = kRowUnits + kTokens * sizeof(float);
-  static_assert(kBytes <= 99 * 1024);
-
-  char* base = device::shared_memory();
-  LONGCTX_DEVICE LinearWeights& weights(int parity) const {
-    return reinterpret_cast<LinearWeights*>(base + kWeights)[parity];
-  }
-  LONGCTX_DEVICE LinearDecay& decay() const {
-    return *reinterpret_cast<LinearDecay*>(base + kDecay);
-  }
-  LONGCTX_DEVICE LinearTask& task() const { return *reinterpret_cast<LinearTask*>(base + kTask); }
-  // With normalize: the sum of keys, the last column of the state; and those of the rows.
-  LONGCTX_DEVICE float* key_sums() const { return reinterpret_cast<float*>(base + kKeySums); }
-  LONGCTX_DEVICE float* row_sums() const { return reinterpret_cast<float*>(base + kRowSums); }
-  // A row of p stands in units of this.
-  LONGCTX_DEVICE float* row_units() const { return reinterpret_cast<float*>(base + kRowUnits); }
-};
 
 template <class T, int kHeadDim, int kColumns>
 class LinearBlock {
  public:
   LONGCTX_DEVICE LinearBlock(const LinearAttentionParams& p, const LinearLaunch& launch)
-      : p_(p), launch_(launch), pass_(launch.pass), warp_(device::warp_index()) {}
+      : p_(p), launch_(launch), pass_(launch.pass), warp_(device::warp_index()), state_(p, warp_) {}
 
   LONGCTX_DEVICE void run() {
     if (warp_ == 0) find_task();
@@ -128,7 +73,7 @@ class LinearBlock {
 #pragma unroll 1
         for (int part = 0; part < kParts; ++part) {
           float acc[kRowTiles][2 * kColumnTiles][4];
-          attend_state(weights, part, acc);
+          state_.attend(weights, part, acc);
           if (part == kParts - 1) {
             device::sync_threads();  // C
             if (more) copy_q(next);
@@ -138,11 +83,11 @@ class LinearBlock {
           write_rows(chunk, part, acc);
         }
       }
-      if (keys) update_state(weights, stage);
+      if (keys) state_.update(weights, stage);
       if (pass_.chunk_states != nullptr && item.chunk_row + chunk < p_.num_chunks) {
         const int64_t map = item.seq.batch_index * p_.num_q_heads + item.head;
-        store_state(pass_.chunk_states +
-                    (map * p_.num_chunks + item.chunk_row + chunk) * state_size());
+        state_.store(pass_.chunk_states +
+                     (map * p_.num_chunks + item.chunk_row + chunk) * state_size());
       }
       if (more && Shared::kStages == 1) {
         device::sync_threads();  // every warp has read K and V i
@@ -155,12 +100,13 @@ class LinearBlock {
 
  private:
   using Shared = LinearShared<kHeadDim, kColumns>;
-  static constexpr int kWarpColumns = kColumns / kLinearWarps;
-  static constexpr int kColumnTiles = kWarpColumns / 16;
+  using State = LinearState<T, kHeadDim, kColumns>;
+  static constexpr int kWarpColumns = State::kWarpColumns;
+  static constexpr int kColumnTiles = State::kColumnTiles;
   // Rows are worked on in parts whose accumulators fit beside those of the state.
   static constexpr int kParts = kColumnTiles;
   static constexpr int kRowTiles = kLinearChunk / 16 / kParts;
-  static constexpr bool kHalf = std::is_same_v<T, __half>;
+  static constexpr bool kHalf = State::kHalf;
 
   LONGCTX_DEVICE void find_task() {
     const LinearItem item = linear_item_at(p_, pass_, device::block_index());
@@ -336,93 +282,6 @@ class LinearBlock {
     sums[own] = sum;
   }
 
-  // acc = weights * q s, of the rows of `part`, in units of p.
-  LONGCTX_DEVICE void attend_state(const LinearWeights& weights, int part,
-                                   float (&acc)[kRowTiles][2 * kColumnTiles][4]) const {
-#pragma unroll
-    for (int m = 0; m < kRowTiles; ++m) {
-#pragma unroll
-      for (int n = 0; n < 2 * kColumnTiles; ++n) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) acc[m][n][i] = 0;
-      }
-    }
-    if (state_is_zero_) return;
-    const float unit = kHalf ? half_unit(largest_of_state()) : 1.0f;
-    const float factor = kHalf ? 1.0f / unit : 1.0f;
-    const MatrixLane<kHeadDim> q_lane(shared_.base, true);
-    const int first_row = part * kRowTiles * 16;
-#pragma unroll
-    for (int step = 0; step < kHeadDim / 16; ++step) {
-      uint32_t b[kColumnTiles][4];
-#pragma unroll
-      for (int c = 0; c < kColumnTiles; ++c) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const float (&tile)[4] = state_[c][2 * step + i % 2];
-          b[c][i] = device::pack_pair(T(), tile[i / 2 * 2] * factor, tile[i / 2 * 2 + 1] * factor);
-        }
-      }
-#pragma unroll
-      for (int m = 0; m < kRowTiles; ++m) {
-        uint32_t a[4];
-        device::load_matrices(a, q_lane.at(Shared::kQ, first_row + 16 * m, step));
-#pragma unroll
-        for (int c = 0; c < kColumnTiles; ++c) {
-          device::multiply_add(T(), acc[m][2 * c], a, b[c][0], b[c][1]);
-          device::multiply_add(T(), acc[m][2 * c + 1], a, b[c][2], b[c][3]);
-        }
-      }
-    }
-#pragma unroll
-    for (int m = 0; m < kRowTiles; ++m) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int row = first_row + own_row(m, half);
-        float weight = weights.rows[row];
-        // A weight of 0 forgets, whatever was there.
-        const bool forgets = weight == 0;
-        if (kHalf) weight *= state_unit_ * unit / row_unit(row);
-#pragma unroll
-        for (int n = 0; n < 2 * kColumnTiles; ++n) {
-#pragma unroll
-          for (int i = 2 * half; i < 2 * half + 2; ++i) {
-            acc[m][n][i] = forgets ? 0.0f : acc[m][n][i] * weight;
-          }
-        }
-      }
-    }
-  }
-
-  LONGCTX_DEVICE float row_unit(int row) const { return kHalf ? shared_.row_units()[row] : 1.0f; }
-
-  LONGCTX_DEVICE float largest_of_state() const {
-    float largest = 0;
-#pragma unroll
-    for (int c = 0; c < kColumnTiles; ++c) {
-#pragma unroll
-      for (int n = 0; n < kHeadDim / 8; ++n) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) largest = fmaxf(largest, fabsf(state_[c][n][i]));
-      }
-    }
-    for (int mask = device::kWarpSize / 2; mask > 0; mask /= 2) {
-      largest = fmaxf(largest, device::shuffle_xor(largest, mask));
-    }
-    return largest;
-  }
-
-  // The warp's columns of V, 16 keys from 16 * step on, transposed: as the first operand [columns,
-  // keys]; and, two registers a column tile, as the second operand [keys, columns].
-  LONGCTX_DEVICE void load_values(int stage, int step, uint32_t (&values)[kColumnTiles][4]) const {
-    const MatrixLane<kColumns> v_lane(shared_.base, false);
-#pragma unroll
-    for (int c = 0; c < kColumnTiles; ++c) {
-      device::load_matrices_transposed(values[c], v_lane.at(Shared::kV + stage * Shared::kVBytes,
-                                                            16 * step, warp_ * kColumnTiles + c));
-    }
-  }
-
   // acc += p v.
   LONGCTX_DEVICE void add_values(int part, int stage,
                                  float (&acc)[kRowTiles][2 * kColumnTiles][4]) const {
@@ -430,7 +289,7 @@ class LinearBlock {
 #pragma unroll
     for (int step = 0; step < kLinearChunk / 16; ++step) {
       uint32_t values[kColumnTiles][4];
-      load_values(stage, step, values);
+      load_values<Shared, kColumns>(shared_, stage, step, warp_, values);
 #pragma unroll
       for (int m = 0; m < kRowTiles; ++m) {
         if (!tile_sees(part * kRowTiles + m, step)) continue;
@@ -445,136 +304,13 @@ class LinearBlock {
     }
   }
 
-  // s = carry * s + (weights * v)^T k.
-  LONGCTX_DEVICE void update_state(const LinearWeights& weights, int stage) {
-    scale_state(kHalf ? weights.carry * state_unit_ : weights.carry);
-    state_unit_ = weights.unit;
-    const MatrixLane<kHeadDim> k_lane(shared_.base, true);
-    const int k_offset = Shared::kK + stage * Shared::kKBytes;
-#pragma unroll
-    for (int step = 0; step < kLinearChunk / 16; ++step) {
-      uint32_t values[kColumnTiles][4];
-      load_values(stage, step, values);
-      const int key = 16 * step + own_column(0);
-#pragma unroll
-      for (int i = 0; i < 4; i += 2) {
-        const float low = weights.keys[key + 4 * i], high = weights.keys[key + 4 * i + 1];
-#pragma unroll
-        for (int c = 0; c < kColumnTiles; ++c) {
-          values[c][i] = weigh_pair(T(), values[c][i], low, high);
-          values[c][i + 1] = weigh_pair(T(), values[c][i + 1], low, high);
-        }
-      }
-#pragma unroll
-      for (int n = 0; n < kHeadDim / 8; n += 2) {
-        uint32_t b[4];
-        device::load_matrices_transposed(b, k_lane.at(k_offset, 16 * step, n / 2));
-#pragma unroll
-        for (int c = 0; c < kColumnTiles; ++c) {
-          device::multiply_add(T(), state_[c][n], values[c], b[0], b[1]);
-          device::multiply_add(T(), state_[c][n + 1], values[c], b[2], b[3]);
-        }
-      }
-    }
-    state_is_zero_ = false;
-    if (p_.normalize) update_key_sums(weights, k_offset);
-  }
-
-  // A factor of 0 forgets, whatever was there.
-  LONGCTX_DEVICE void scale_state(float factor) {
-#pragma unroll
-    for (int c = 0; c < kColumnTiles; ++c) {
-#pragma unroll
-      for (int n = 0; n < kHeadDim / 8; ++n) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          state_[c][n][i] = factor == 0 ? 0.0f : state_[c][n][i] * factor;
-        }
-      }
-    }
-  }
-
-  // A thread owns two neighbouring ones.
-  LONGCTX_DEVICE void update_key_sums(const LinearWeights& weights, int k_offset) const {
-    const int d = 2 * device::thread_index();
-    if (d >= kHeadDim) return;
-    float sums[2];
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      sums[i] = weights.carry == 0 ? 0.0f : weights.carry * shared_.key_sums()[d + i];
-    }
-#pragma unroll 4
-    for (int key = 0; key < kLinearChunk; ++key) {
-      const auto* pair =
-          reinterpret_cast<const uint16_t*>(shared_.base + k_offset +
-                                            TileRows<kHeadDim>::offset(key, d / kChunk)) +
-          d % kChunk;
-#pragma unroll
-      for (int i = 0; i < 2; ++i) sums[i] += weights.keys[key] * widen_bits16(T(), pair[i]);
-    }
-#pragma unroll
-    for (int i = 0; i < 2; ++i) shared_.key_sums()[d + i] = sums[i] * weights.unit;
-  }
-
-  // Visits the lane's elements of the state: visit(element, its place in [head_dim, state_dim]).
-  template <class Visit>
-  LONGCTX_DEVICE void for_each_state(const Visit& visit) {
-    const int state_dim = static_cast<int>(p_.state_dim());
-    const int column = static_cast<int>(shared_.task().item.first_column) + warp_ * kWarpColumns +
-                       device::lane_index() / 4;
-#pragma unroll
-    for (int n = 0; n < kHeadDim / 8; ++n) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int d = own_column(n) + i;
-#pragma unroll
-        for (int c = 0; c < 2 * kColumnTiles; ++c) {
-          if (d < p_.head_dim && column + 8 * c < p_.head_dim_v) {
-            visit(state_[c / 2][n][c % 2 * 2 + i], d * state_dim + column + 8 * c);
-          }
-        }
-      }
-    }
-  }
-  template <class Visit>
-  LONGCTX_DEVICE void for_each_key_sum(const Visit& visit) const {
-    const int state_dim = static_cast<int>(p_.state_dim());
-    const int own = 2 * device::thread_index();
-    for (int d = own; p_.normalize && d < own + 2 && d < kHeadDim; ++d) {
-      visit(shared_.key_sums()[d], d, d * state_dim + state_dim - 1);
-    }
-  }
   LONGCTX_DEVICE int64_t state_size() const { return p_.head_dim * p_.state_dim(); }
 
   LONGCTX_DEVICE void load_state() {
     const LinearItem& item = shared_.task().item;
-    state_is_zero_ = pass_.starts == nullptr;
-    const float* from = nullptr;
-    if (!state_is_zero_) {
-      const int64_t segment = pass_.start_stride > 1 ? item.segment : 0;
-      from = pass_.starts + (item.map(p_) * pass_.start_stride + segment) * state_size();
-    }
-#pragma unroll
-    for (int c = 0; c < kColumnTiles; ++c) {
-#pragma unroll
-      for (int n = 0; n < kHeadDim / 8; ++n) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) state_[c][n][i] = 0;
-      }
-    }
-    if (from != nullptr) for_each_state([from](float& element, int at) { element = from[at]; });
-    for_each_key_sum([this, from](float& sum, int d, int at) {
-      sum = from != nullptr && d < p_.head_dim ? from[at] : 0.0f;
-    });
-  }
-
-  LONGCTX_DEVICE void store_state(float* to) {
-    const float unit = kHalf ? state_unit_ : 1.0f;
-    for_each_state([to, unit](const float& element, int at) { to[at] = element * unit; });
-    if (shared_.task().item.first_column > 0) return;
-    for_each_key_sum([this, to](const float& sum, int d, int at) {
-      if (d < p_.head_dim) to[at] = sum;
-    });
+    const int64_t segment = pass_.start_stride > 1 ? item.segment : 0;
+    const int64_t first = (item.map(p_) * pass_.start_stride + segment) * state_size();
+    state_.load(pass_.starts == nullptr ? nullptr : pass_.starts + first);
   }
 
   LONGCTX_DEVICE void write_last_state(const LinearWeigher& weigher) {
@@ -586,7 +322,7 @@ class LinearBlock {
     } else if (pass_.final_state != nullptr && item.segment == pass_.num_segments - 1) {
       to = pass_.final_state + item.map(p_) * state_size();
     }
-    if (to != nullptr) store_state(to);
+    if (to != nullptr) state_.store(to);
   }
 
   // write out
@@ -601,7 +337,7 @@ class LinearBlock {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int row = part * kRowTiles * 16 + own_row(m, half);
-        const float unit = row_unit(row);
+        const float unit = kHalf ? shared_.row_units()[row] : 1.0f;
         float scale = 1.0f;
         if (!pass_.raw_out) {
           scale = static_cast<float>(p_.scale);
@@ -643,10 +379,7 @@ class LinearBlock {
   const LinearPass& pass_;
   const Shared shared_;
   const int warp_;
-  // The warp's columns of the state, transposed: accumulators [columns, head_dim].
-  float state_[kColumnTiles][kHeadDim / 8][4];
-  float state_unit_ = 1;  // what float16 keeps of it is a multiple of this
-  bool state_is_zero_ = true;
+  State state_;
 };
 
 // Blocks that should share a multiprocessor.
