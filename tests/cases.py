@@ -293,6 +293,36 @@ def decode_all_options(dtype: torch.dtype) -> Call:
     return call | {"state": call.pop("initial_state")} | options | slots
 
 
+def random_indices(*shape: int, num_blocks: int, seed: int) -> Tensor:
+    """int32 `shape`: in each row different blocks in any order, some of them -1."""
+    order = torch.rand(*shape[:-1], num_blocks, generator=generator(seed)).argsort(dim=-1)
+    indices = torch.nn.functional.pad(order, (0, max(0, shape[-1] - num_blocks)), value=-1)[..., : shape[-1]]
+    return indices.masked_fill(torch.rand(shape, generator=generator(seed + 1)) < 0.1, -1).int()
+
+
+def gathered(dtype: torch.dtype, *, index_heads: int = 2, num_entries: int = 20, block_size_k: int = 1,
+             seed: int = 0, **sizes: int) -> Call:  # fmt: skip
+    call = qkv(dtype, **({"seqlen_q": 3, "seed": seed} | sizes))
+    batch, _, seqlen_q, _ = call["q"].shape
+    blocks = -(-call["k"].shape[2] // block_size_k)
+    indices = random_indices(batch, index_heads, seqlen_q, num_entries, num_blocks=blocks, seed=seed + 7)
+    return call | {"indices": indices} | ({"block_size_k": block_size_k} if block_size_k > 1 else {})
+
+
+def gathered_all_options(dtype: torch.dtype) -> Call:
+    """A static cache of which blocks of 4 keys are read, and every token its own number of them."""
+    sizes = {"num_q_heads": 6, "num_kv_heads": 3, "head_dim_v": 24}
+    call = gathered(dtype, index_heads=3, num_entries=13, block_size_k=4, seed=70, **sizes)
+    return call | {
+        "counts": torch.randint(0, 14, (2, 3, 3), generator=generator(71), dtype=torch.int32),
+        "num_first": 3,
+        "num_last": 5,
+        "softmax_scale": 0.3,
+        "softcap": 3.0,
+        "seqused_k": int32(75, 41),
+    }
+
+
 ILLEGAL_OPTIONS = {
     "softmax_scale": (float("nan"), float("inf")),
     "window_size_left": (-2, -INT64_MAX),
@@ -323,6 +353,14 @@ INVALID_SEQUENCES = {
     "key_ranges past the keys": Invalid("all_options", "key_ranges", torch.full((2, 1, 37, 2), 75).int() + int32(0, 1)),
 }
 BLOCKS_ALL_OPTIONS = with_blocks(all_options, block_size_q=16, block_size_k=8, pattern_heads=3, pattern_batch=2)
+
+
+def selected(argument: str, index: tuple[int, ...], value: int) -> Invalid:
+    """The all_options call of gather_attention with one element of `argument` replaced."""
+    call = gathered_all_options(torch.float32)
+    tensor = call[argument].clone()
+    tensor[index] = value
+    return Invalid("all_options", argument, tensor)
 
 
 def edited(argument: str, index: tuple[int, ...], value: int) -> Invalid:
@@ -411,6 +449,36 @@ CASES = {
             growing={"k": 2, "v": 2},
             invalid=INVALID_SEQUENCES | INVALID_BLOCKS,
             differentiable=("q", "k", "v"),
+        ),
+        OpCase(
+            name="gather_attention",
+            calls={"plain": gathered, "all_options": gathered_all_options},
+            illegal={name: ILLEGAL_OPTIONS[name] for name in ("softmax_scale", "softcap")}
+            | {
+                "block_size_k": (0, -16, 2**31, INT64_MAX),
+                "num_first": (-1, -INT64_MAX),
+                "num_last": (-1, -INT64_MAX),
+            },
+            extreme={name: EXTREME_OPTIONS[name] for name in ("softmax_scale", "softcap")}
+            | {
+                "block_size_k": (1, 7, 2**20),
+                "num_first": (INT32_MAX, INT64_MAX),
+                "num_last": (INT32_MAX, INT64_MAX),
+            },
+            legal_changes=frozenset(
+                f"all_options: {change}" for change in ("v.size(3)+1", "indices.size(3)+1", "indices.size(3)=0")
+            ),
+            growing={"k": 2, "v": 2, "indices": 3},
+            invalid={why: INVALID_SEQUENCES[why] for why in ("seqused_k past the keys", "seqused_k negative")}
+            | {
+                "indices past the keys": selected("indices", (0, 0, 0, 0), 19),
+                "indices below -1": selected("indices", (0, 0, 0, 0), -2),
+                "indices twice": Invalid("all_options", "indices", torch.full((2, 3, 3, 13), 7, dtype=torch.int32)),
+                "counts negative": selected("counts", (0, 0, 0), -1),
+                "counts past the entries": selected("counts", (0, 0, 0), 14),
+            },
+            differentiable=("q", "k", "v"),
+            any_strides=frozenset({"counts"}),
         ),
         OpCase(
             name="attention_mass",

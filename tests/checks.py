@@ -15,6 +15,7 @@ import support_matrix
 import target
 from cases import CASES, Call
 from longctx.reference._mask import listed_keys, visible_keys
+from longctx.reference.gather_attention import selected_keys
 from longctx.testing import active_isa, error_ratio, unit_in_last_place
 
 SEQUENCE_OPTIONS = ("cu_seqlens_q", "cu_seqlens_k", "seqused_k")
@@ -58,6 +59,10 @@ def in_float64(call: Call) -> Call:
 def mask_of(call: Call) -> Tensor:
     """bool [batch, num_q_heads or 1, seqlen_q, seqlen_k]: the keys that each row of an attention call sees."""
     q, k = call["q"], call["k"]
+    if "indices" in call:
+        options = {"counts": None, "block_size_k": 1, "num_first": 0, "num_last": 0, "seqused_k": None}
+        options |= pick(call, tuple(options))
+        return selected_keys(call["indices"], num_q_heads=q.shape[1], seqlen_k=k.shape[2], **options)
     sizes = {"batch": q.shape[0], "seqlen_q": q.shape[2], "seqlen_k": k.shape[2]}
     mask = visible_keys(**sizes, **({"causal": True} | pick(call, MASK_OPTIONS)))[:, None]
     if "block_indptr" in call:

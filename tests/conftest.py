@@ -55,6 +55,7 @@ RECORDING = frozenset(
         "block_scores",
         "block_sparse_attention",
         "cuda",
+        "gather_attention",
         "linear_attention",
         "linear_attention_backward",
         "linear_attention_decode",

@@ -7,6 +7,7 @@
 #include <limits>
 #include <memory>
 
+#include "attention_few_rows.h"
 #include "flush_subnormals.h"
 #include "kernels.h"
 #include "parallel.h"
@@ -331,7 +332,10 @@ void run_items(const AttentionParams& p, const BlockList* blocks) {
 
 }  // namespace
 
-void run_attention_cpu(const AttentionParams& params) { run_items(params, nullptr); }
+void run_attention_cpu(const AttentionParams& params) {
+  if (has_few_rows(params)) return run_attention_few_rows(params);
+  run_items(params, nullptr);
+}
 
 void run_block_sparse_attention_cpu(const BlockSparseAttentionParams& params) {
   run_items(params, &params.blocks);

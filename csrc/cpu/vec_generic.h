@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "reduced_float.h"
+
 namespace longctx::cpu {
 namespace {
 
@@ -20,6 +22,12 @@ struct Vec {
     Vec x;
     __builtin_memcpy(&x.v, p, sizeof(x.v));
     return x;
+  }
+  template <class In>
+  static Vec load(const In* p) {
+    T wide[kLanes];
+    for (int i = 0; i < kLanes; ++i) wide[i] = widen(p[i]);
+    return load(wide);
   }
   static Vec broadcast(T s) { return {Native{} + s}; }
   void store(T* p) const { __builtin_memcpy(p, &v, sizeof(v)); }

@@ -77,6 +77,43 @@ struct BlockSparseAttentionParams : AttentionParams {
   BlockList blocks;
 };
 
+// An int32 tensor [batch, heads, seqlen_q, ...] whose last dim, if there is a fourth, is
+// contiguous.
+struct IndexView {
+  const int32_t* data = nullptr;
+  int64_t batch_stride = 0;
+  int64_t head_stride = 0;
+  int64_t row_stride = 0;
+  const int32_t* row(int64_t batch, int64_t head, int64_t row) const {
+    return data + batch * batch_stride + head * head_stride + row * row_stride;
+  }
+};
+
+// Attention of each query token over its own set of keys: the listed ones and those that are
+// forced.
+struct GatherAttentionParams {
+  DType dtype = DType::kFloat32;
+  SequenceParams seqs;
+  TensorView q;         // [batch, num_q_heads, seqlen_q, head_dim]
+  TensorView k;         // [batch, num_kv_heads, seqlen_k, head_dim]
+  TensorView v;         // [batch, num_kv_heads, seqlen_k, head_dim_v]
+  TensorView out;       // [batch, num_q_heads, seqlen_q, head_dim_v]
+  void* lse = nullptr;  // [batch, num_q_heads, seqlen_q] float (double for float64)
+  IndexView indices;    // [batch, index_heads, seqlen_q, num_entries]: blocks of keys
+  IndexView counts;     // [batch, index_heads, seqlen_q]: entries that count; null: all
+  int64_t num_entries = 0;
+  int64_t index_heads = 1;   // 1, num_kv_heads or num_q_heads
+  int64_t block_size_k = 1;  // keys of an entry
+  int64_t num_first = 0;     // the first and the last keys a token may see are in its set
+  int64_t num_last = 0;
+  int64_t num_q_heads = 0;
+  int64_t num_kv_heads = 0;
+  int64_t head_dim = 0;
+  int64_t head_dim_v = 0;
+  double softmax_scale = 1.0;
+  double softcap = 0.0;
+};
+
 struct MergeStatesParams {
   DType dtype = DType::kFloat32;
   const void* out = nullptr;           // [num_states, rows, dim], contiguous

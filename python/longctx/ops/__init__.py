@@ -9,6 +9,7 @@ from longctx.ops.attention import attention  # noqa: E402
 from longctx.ops.attention_mass import attention_mass  # noqa: E402
 from longctx.ops.block_scores import block_scores  # noqa: E402
 from longctx.ops.block_sparse_attention import block_sparse_attention  # noqa: E402
+from longctx.ops.gather_attention import gather_attention  # noqa: E402
 from longctx.ops.linear_attention import linear_attention  # noqa: E402
 from longctx.ops.linear_attention_decode import linear_attention_decode  # noqa: E402
 from longctx.ops.linear_attention_states import linear_attention_states  # noqa: E402
@@ -21,6 +22,7 @@ __all__ = [
     "attention_mass",
     "block_scores",
     "block_sparse_attention",
+    "gather_attention",
     "linear_attention",
     "linear_attention_decode",
     "linear_attention_states",

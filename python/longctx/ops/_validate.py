@@ -108,6 +108,32 @@ def block_list(op: str, block_indptr: Tensor, block_indices: Tensor, num_k_block
         )
 
 
+def selection(op: str, indices: Tensor, counts: Tensor | None, num_blocks: int) -> None:
+    """`counts` fits `indices`, whose entries that count are -1 or blocks of keys, none twice in a row."""
+    num_entries = indices.shape[3]
+    counted = torch.ones_like(indices, dtype=torch.bool)
+    if counts is not None:
+        within = bool(((counts >= 0) & (counts <= num_entries)).all())
+        _require(within, op, "counts", f"be in [0, {num_entries}]", f"[{_low(counts)}, {_high(counts)}]")
+        counted = torch.arange(num_entries, device=indices.device) < counts[..., None]
+    listed = indices.long().where(counted, -1)
+    if listed.numel() == 0:
+        return
+    low, high = _low(listed), _high(listed)
+    _require(low >= -1 and high < num_blocks, op, "indices", f"be -1 or in [0, {num_blocks})", f"[{low}, {high}]")
+    ordered = listed.sort(dim=-1).values
+    twice = (ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)
+    _require(~twice.any(), op, "indices", "list no entry of a row twice", "a row that does")
+
+
+def _low(values: Tensor) -> int:
+    return int(values.min()) if values.numel() else 0
+
+
+def _high(values: Tensor) -> int:
+    return int(values.max()) if values.numel() else 0
+
+
 def sequences(
     op: str,
     q: Tensor,

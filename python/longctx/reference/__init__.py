@@ -10,6 +10,7 @@ from longctx.reference.attention import attention
 from longctx.reference.attention_mass import attention_mass
 from longctx.reference.block_scores import block_scores
 from longctx.reference.block_sparse_attention import block_sparse_attention
+from longctx.reference.gather_attention import gather_attention
 from longctx.reference.linear_attention import linear_attention, linear_attention_decode, linear_attention_states
 from longctx.reference.merge_states import merge_states
 from longctx.reference.select_blocks import select_blocks
@@ -20,6 +21,7 @@ __all__ = [
     "attention_mass",
     "block_scores",
     "block_sparse_attention",
+    "gather_attention",
     "linear_attention",
     "linear_attention_decode",
     "linear_attention_states",

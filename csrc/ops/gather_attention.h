@@ -1,0 +1,75 @@
+// gather_attention: softmax attention of a few query tokens over keys that were selected for them.
+#pragma once
+#include <algorithm>
+#include <limits>
+
+#include "checks.h"
+#include "ops/attention_options.h"
+
+namespace longctx {
+
+template <void (*run)(const GatherAttentionParams&)>
+std::tuple<Tensor, Tensor> gather_attention(const Tensor& q, const Tensor& k, const Tensor& v,
+                                            const Tensor& indices, const OptionalTensor& counts,
+                                            int64_t block_size_k, int64_t num_first,
+                                            int64_t num_last, const OptionalTensor& seqused_k,
+                                            std::optional<double> softmax_scale, double softcap) {
+  const Checker check("gather_attention");
+  GatherAttentionParams params;
+  fill_query_key(check, q, k, params);
+  params.seqs = sequences(check, q, k, std::nullopt, std::nullopt, seqused_k);
+  check.same_device("v", v, q);
+  check.dtype("v", v, q.scalar_type());
+  check.shape("v", v, "[batch, num_kv_heads, seqlen_k, head_dim_v]",
+              {q.size(0), k.size(1), k.size(2), kAnySize});
+  check.require(v.size(3) > 0, "v", "have a head_dim_v of at least 1", to_text(v.sizes()));
+  check.contiguous_last_dim("v", v);
+
+  check.same_device("indices", indices, q);
+  check.dtype("indices", indices, ScalarType::Int);
+  check.shape("indices", indices, "[batch, heads, seqlen_q, k]",
+              {q.size(0), kAnySize, q.size(2), kAnySize});
+  const int64_t heads = indices.size(1);
+  check.require(heads == 1 || heads == k.size(1) || heads == q.size(1), "indices",
+                "have 1, num_kv_heads or num_q_heads heads", to_text(indices.sizes()));
+  check.contiguous_last_dim("indices", indices);
+  params.indices = {indices.const_data_ptr<int32_t>(), indices.stride(0), indices.stride(1),
+                    indices.stride(2)};
+  params.num_entries = indices.size(3);
+  params.index_heads = heads;
+  if (counts) {
+    check.same_device("counts", *counts, q);
+    check.dtype("counts", *counts, ScalarType::Int);
+    check.shape("counts", *counts, "[batch, heads, seqlen_q] of `indices`",
+                {q.size(0), heads, q.size(2)});
+    params.counts = {counts->const_data_ptr<int32_t>(), counts->stride(0), counts->stride(1),
+                     counts->stride(2)};
+  }
+  constexpr int64_t kMaxBlock = int64_t{1} << 20;
+  check.require(block_size_k >= 1 && block_size_k <= kMaxBlock, "block_size_k", "be in [1, 2^20]",
+                block_size_k);
+  params.block_size_k = block_size_k;
+  check.require(num_first >= 0, "num_first", "not be negative", num_first);
+  check.require(num_last >= 0, "num_last", "not be negative", num_last);
+  params.num_first = std::min(num_first, k.size(2));
+  params.num_last = std::min(num_last, k.size(2));
+  params.softmax_scale =
+      softmax_scale.value_or(1.0 / std::sqrt(static_cast<double>(params.head_dim)));
+  check.finite("softmax_scale", params.softmax_scale);
+  check.finite("softcap", softcap);
+  check.require(softcap >= 0, "softcap", "not be negative (0 means none)", softcap);
+  params.softcap = softcap;
+
+  const ScalarType lse_type =
+      params.dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float;
+  const Tensor out = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2), v.size(3)});
+  const Tensor lse = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2)}, lse_type);
+  params.v = view_of(v);
+  params.head_dim_v = v.size(3);
+  params.out = view_of(out);
+  params.lse = lse.mutable_data_ptr();
+  run(params);
+  return {out, lse};
+}
+
+}  // namespace longctx

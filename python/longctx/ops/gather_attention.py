@@ -1,0 +1,100 @@
+"""gather_attention: attention of a few query tokens over keys that were selected for them, read where they stand."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from longctx.ops import _validate
+from longctx.ops._register import register_op
+from longctx.ops.attention import empty_outputs
+
+
+def gather_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    indices: Tensor,
+    counts: Tensor | None = None,
+    *,
+    block_size_k: int = 1,
+    num_first: int = 0,
+    num_last: int = 0,
+    seqused_k: Tensor | None = None,
+    softmax_scale: float | None = None,
+    softcap: float = 0.0,
+    validate: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Softmax attention of each query token over its own set of keys, without copying them together.
+
+    `out[i] = sum_j softmax_j(softmax_scale * q[i] . k[j]) v[j]` over the keys `j` of token `i`'s set. Token
+    `i` stands at key position `p = seqlen_k - seqlen_q + i` and its set never holds later keys: of the keys
+    up to `p`, those in the listed blocks, the first `num_first` and the last `num_last`. A key counts once,
+    however often it is meant.
+
+    Args:
+        q: `[batch, num_q_heads, seqlen_q, head_dim]`, float32, float64, bfloat16 or float16; one or a few
+            tokens. Any strides with a contiguous last dim, as for k and v.
+        k: `[batch, num_kv_heads, seqlen_k, head_dim]`; `num_q_heads % num_kv_heads == 0`.
+        v: `[batch, num_kv_heads, seqlen_k, head_dim_v]`.
+        indices: int32 `[batch, heads, seqlen_q, num_entries]`, heads 1, `num_kv_heads` or `num_q_heads`:
+            entry `e` lists keys `[e * block_size_k, (e + 1) * block_size_k)`. With 1 or `num_kv_heads`
+            heads, all query heads of a kv head share one pass over its keys. Any order (ascending reads
+            fastest); negative entries and those past the visible keys are skipped. An entry must not be
+            listed twice.
+        counts: int32 `[batch, heads, seqlen_q]`: only so many first entries count. `None`: all.
+        block_size_k: keys of an entry: 1 for single tokens, else the page size of the selection.
+        num_first, num_last: this many keys at the start and at the end of the visible ones belong to every
+            set, once even if listed.
+        seqused_k: int32 `[batch]`: keys at or beyond it do not exist; positions use it as seqlen_k.
+        softmax_scale: factor on `q . k`; `None` means `head_dim ** -0.5`.
+        softcap: `> 0` turns the scaled score `s` into `softcap * tanh(s / softcap)`.
+        validate: also check the values of indices, counts and seqused_k (reads them).
+
+    Returns:
+        `out [batch, num_q_heads, seqlen_q, head_dim_v]` in q's dtype, and `lse [batch, num_q_heads,
+        seqlen_q]`, natural log, float32 (float64 for float64). An empty set gives `out = 0`, `lse = -inf`.
+
+    Raises:
+        ValueError: an argument is wrong; the message names the op, argument, rule and what was given.
+
+    Cost: `2 * (head_dim + head_dim_v)` FLOPs per query head, token and selected key; every selected row of K
+    and V is read once per kv head and token: bound by memory. Deterministic: the same bits on any number of
+    threads. CPU only so far. Gradients: none yet (raises NotImplementedError).
+    Source: the gather step of Quest (arXiv 2406.10774), TidalDecode (arXiv 2410.05076), InfLLM (arXiv
+    2402.04617) and others; the partial results join as in FlashDecoding.
+
+    Example:
+        >>> import torch, longctx
+        >>> q = torch.randn(1, 8, 1, 64)
+        >>> k, v = torch.randn(2, 1, 2, 1000, 64)
+        >>> scores = (q.unflatten(1, (2, 4)) @ k.unsqueeze(2).transpose(3, 4)).mean(dim=2)
+        >>> indices = scores.topk(100).indices.sort().values.int()  # [batch, num_kv_heads, seqlen_q, 100]
+        >>> out, lse = longctx.gather_attention(q, k, v, indices, num_first=4, num_last=32)
+        >>> out.shape, lse.shape
+        (torch.Size([1, 8, 1, 64]), torch.Size([1, 8, 1]))
+    """
+    if validate:
+        _validate.lengths("gather_attention", "seqused_k", seqused_k, k.shape[2])
+        _validate.selection("gather_attention", indices, counts, -(-k.shape[2] // block_size_k))
+    result: tuple[Tensor, Tensor] = torch.ops.longctx.gather_attention(
+        q,
+        k,
+        v,
+        indices,
+        counts,
+        block_size_k,
+        num_first,
+        num_last,
+        seqused_k,
+        softmax_scale,
+        softcap,
+    )
+    return result
+
+
+def _fake(q: Tensor, k: Tensor, v: Tensor, *options: object) -> tuple[Tensor, Tensor]:
+    return empty_outputs(q, v)
+
+
+register_op("gather_attention", _fake)
