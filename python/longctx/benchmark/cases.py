@@ -157,6 +157,48 @@ def _sparse(length: int, dtype: torch.dtype, *, kv_heads: int, density: float, m
     return Contenders(run, flops, nbytes, exact=twin)
 
 
+def _decode(length: int, dtype: torch.dtype, *, kv_heads: int) -> Contenders:
+    """One query token that sees every key."""
+    q, k, v = _qkv(length, dtype, 8, kv_heads, 128)
+    q = q[:, :, -1:].contiguous()
+    flops, nbytes = _attention_work(q, k, length)
+    run: dict[str, Callable[[], object]] = {
+        "longctx": lambda: longctx.attention(q, k, v),
+        "sdpa": functools.partial(scaled_dot_product_attention, q, k, v, enable_gqa=kv_heads != 8),
+    }
+    return Contenders(run, flops, nbytes)
+
+
+def _gather(length: int, dtype: torch.dtype) -> Contenders:
+    """2048 keys anywhere among `length`; every turn takes other keys, so that none are in the cache."""
+    kv_heads, turns, kept = 2, 24, min(2048, length)
+    q = torch.randn(1, 8, 1, 128, generator=torch.Generator().manual_seed(0)).to(dtype)
+    k, v = (torch.empty(1, kv_heads, length, 128, dtype=dtype).normal_() for _ in range(2))
+    order = torch.rand(turns, kv_heads, length, generator=torch.Generator().manual_seed(1))
+    chosen = order.topk(kept, dim=-1).indices.sort(dim=-1).values
+    entries = chosen.int()[:, None, :, None]
+    next_turn = {"longctx": 0, "index_select": turns // 2}
+
+    def turn(name: str) -> int:
+        if kept == length:  # the check compares one result
+            return 0
+        next_turn[name] += 1
+        return next_turn[name] % turns
+
+    def select(rows: Tensor, keys: Tensor) -> Tensor:
+        return torch.stack([rows[0, h].index_select(0, keys[h]) for h in range(kv_heads)])[None]
+
+    def torch_gather() -> Tensor:
+        keys = chosen[turn("index_select")]
+        return scaled_dot_product_attention(q, select(k, keys), select(v, keys), enable_gqa=True)
+
+    run: dict[str, Callable[[], object]] = {
+        "longctx": lambda: longctx.gather_attention(q, k, v, entries[turn("longctx")]),
+        "index_select + sdpa": torch_gather,
+    }
+    return Contenders(run, 4.0 * 8 * 128 * kept, kept * kv_heads * 2.0 * 128 * dtype.itemsize)
+
+
 def _merge(length: int, dtype: torch.dtype) -> Contenders:
     out = torch.randn(4, 1, 8, length, 128).to(dtype)
     lse = torch.randn(4, 1, 8, length)
@@ -418,6 +460,18 @@ CASES = [
         BF16,
         _partial(_sparse, kv_heads=2, density=0.1, masked=False),
         {"sdpa": (8.0, 20.0)},
+    ),
+    Case(
+        "decoding, GQA 8/2, D=128", "attention", 131072, BF16, _partial(_decode, kv_heads=2), {"sdpa": (2.3, 3.5)}
+    ),
+    Case("decoding, 8/8, D=128", "attention", 131072, BF16, _partial(_decode, kv_heads=8), {"sdpa": (0.95, 1.2)}),
+    Case(
+        "2048 keys of all, GQA 8/2, D=128",
+        "gather_attention",
+        1 << 20,
+        BF16,
+        _gather,
+        {"index_select + sdpa": (1.5, 2.5)},
     ),
     Case("4 states, 8 heads, D=128", "merge_states", 8192, BF16, _merge),
     Case("means, GQA 8/2, D=128", "block_scores", 32768, BF16, _partial(_block_scores, method="mean")),
