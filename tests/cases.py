@@ -309,6 +309,22 @@ def gathered(dtype: torch.dtype, *, index_heads: int = 2, num_entries: int = 20,
     return call | {"indices": indices} | ({"block_size_k": block_size_k} if block_size_k > 1 else {})
 
 
+def gathered_paged(dtype: torch.dtype) -> Call:
+    """7 of 15 pages of 16 keys, in any order, no two batch entries the same; a bias, of some entries -inf."""
+    call = gathered(dtype, num_q_heads=6, num_kv_heads=3, index_heads=6, num_entries=40, head_dim_v=24, seed=80)
+    pages = qkv(dtype, batch=15, num_kv_heads=3, seqlen_k=16, head_dim_v=24, seed=81)
+    bias = randn(2, 6, 3, 40, seed=82)
+    bias[..., ::9] = -torch.inf
+    return call | {
+        "k": pages["k"],
+        "v": pages["v"],
+        "bias": bias,
+        "seqused_k": int32(75, 110),
+        "page_table": torch.randperm(15, generator=generator(83))[:14].view(2, 7).int(),
+        "num_last": 4,
+    }
+
+
 def gathered_all_options(dtype: torch.dtype) -> Call:
     """A static cache of which blocks of 4 keys are read, and every token its own number of them."""
     sizes = {"num_q_heads": 6, "num_kv_heads": 3, "head_dim_v": 24}
@@ -452,7 +468,7 @@ CASES = {
         ),
         OpCase(
             name="gather_attention",
-            calls={"plain": gathered, "all_options": gathered_all_options},
+            calls={"plain": gathered, "all_options": gathered_all_options, "paged": gathered_paged},
             illegal={name: ILLEGAL_OPTIONS[name] for name in ("softmax_scale", "softcap")}
             | {
                 "block_size_k": (0, -16, 2**31, INT64_MAX),
@@ -466,7 +482,8 @@ CASES = {
                 "num_last": (INT32_MAX, INT64_MAX),
             },
             legal_changes=frozenset(
-                f"all_options: {change}" for change in ("v.size(3)+1", "indices.size(3)+1", "indices.size(3)=0")
+                {"paged: v.size(3)+1", "paged: page_table.size(1)+1", "paged: page_table.size(1)=0"}
+                | {f"all_options: {change}" for change in ("v.size(3)+1", "indices.size(3)+1", "indices.size(3)=0")}
             ),
             growing={"k": 2, "v": 2, "indices": 3},
             invalid={why: INVALID_SEQUENCES[why] for why in ("seqused_k past the keys", "seqused_k negative")}
@@ -474,6 +491,8 @@ CASES = {
                 "indices past the keys": selected("indices", (0, 0, 0, 0), 19),
                 "indices below -1": selected("indices", (0, 0, 0, 0), -2),
                 "indices twice": Invalid("all_options", "indices", torch.full((2, 3, 3, 13), 7, dtype=torch.int32)),
+                "page_table past the pages": Invalid("paged", "page_table", torch.full((2, 7), 15).int()),
+                "page_table negative": Invalid("paged", "page_table", torch.full((2, 7), -1).int()),
                 "counts negative": selected("counts", (0, 0, 0), -1),
                 "counts past the entries": selected("counts", (0, 0, 0), 14),
             },

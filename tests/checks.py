@@ -15,7 +15,7 @@ import support_matrix
 import target
 from cases import CASES, Call
 from longctx.reference._mask import listed_keys, visible_keys
-from longctx.reference.gather_attention import selected_keys
+from longctx.reference.gather_attention import from_pages, selected_keys
 from longctx.testing import active_isa, error_ratio, unit_in_last_place
 
 SEQUENCE_OPTIONS = ("cu_seqlens_q", "cu_seqlens_k", "seqused_k")
@@ -56,13 +56,27 @@ def in_float64(call: Call) -> Call:
     }
 
 
+def added_scores(call: Call) -> Tensor:
+    """What a gather_attention call adds to its scores: bias where a key is selected, else -inf."""
+    options = {"counts": None, "block_size_k": 1, "num_first": 0, "num_last": 0, "seqused_k": None, "bias": None}
+    options |= pick(call, tuple(options))
+    sizes = {"num_q_heads": call["q"].shape[1], "seqlen_k": call["k"].shape[2]}
+    return selected_keys(call["indices"], **sizes, **options)
+
+
+def unpaged(call: Call) -> Call:
+    """The call on keys gathered from their pages."""
+    if call.get("page_table") is None:
+        return call
+    keys = {name: from_pages(call[name], call["page_table"], call["seqused_k"]) for name in ("k", "v")}
+    return {name: value for name, value in (call | keys).items() if name != "page_table"}
+
+
 def mask_of(call: Call) -> Tensor:
     """bool [batch, num_q_heads or 1, seqlen_q, seqlen_k]: the keys that each row of an attention call sees."""
     q, k = call["q"], call["k"]
     if "indices" in call:
-        options = {"counts": None, "block_size_k": 1, "num_first": 0, "num_last": 0, "seqused_k": None}
-        options |= pick(call, tuple(options))
-        return selected_keys(call["indices"], num_q_heads=q.shape[1], seqlen_k=k.shape[2], **options)
+        return ~torch.isneginf(added_scores(call))
     sizes = {"batch": q.shape[0], "seqlen_q": q.shape[2], "seqlen_k": k.shape[2]}
     mask = visible_keys(**sizes, **({"causal": True} | pick(call, MASK_OPTIONS)))[:, None]
     if "block_indptr" in call:
@@ -80,16 +94,20 @@ def pytorch_attention(call: Call, mask: Tensor) -> tuple[Tensor, Tensor]:
     scale = q.shape[3] ** -0.5 if call.get("softmax_scale") is None else call["softmax_scale"]
     softcap, sinks = call.get("softcap", 0.0), call.get("sinks")
     sees_none = ~mask.any(dim=-1, keepdim=True)
+    bias = added_scores(call).nan_to_num(neginf=0.0) if call.get("bias") is not None else None
+    bias = bias.flip(3) if bias is not None and call.get("flipped") else bias
 
     def logits(queries: Tensor, keys: Tensor) -> Tensor:
         scores = scale * (queries @ keys.transpose(2, 3))
         scores = softcap * torch.tanh(scores / softcap) if softcap > 0.0 else scores
+        if bias is not None:
+            scores = scores + bias.to(scores.dtype)
         return scores.masked_fill(~(mask | sees_none), -torch.inf)
 
     wide = torch.promote_types(q.dtype, torch.float32)
     lse = torch.logsumexp(logits(q.to(wide), k.to(wide)), dim=-1)
     lse += LSE_ERROR_16_BIT if wide != q.dtype else 0.0
-    if softcap > 0.0 or sinks is not None:
+    if softcap > 0.0 or sinks is not None or bias is not None:
         scores = logits(q, k)
         if sinks is not None:
             column = sinks.to(q.dtype)[None, :, None, None].expand(*scores.shape[:3], 1)
@@ -104,7 +122,7 @@ def peers_of(call: Call, mask: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """PyTorch with dims and keys in either order: on few elements a single order is luck."""
     for dims, keys in itertools.product(((), (3,)), ((), (2,))):
         reordered = {"q": call["q"].flip(dims), "k": call["k"].flip(dims + keys), "v": call["v"].flip(keys)}
-        yield pytorch_attention(call | reordered, mask.flip(3) if keys else mask)
+        yield pytorch_attention(call | reordered | {"flipped": bool(keys)}, mask.flip(3) if keys else mask)
 
 
 def extended_attention(call: Call, mask: Tensor) -> tuple[np.ndarray, np.ndarray]:
@@ -117,6 +135,8 @@ def extended_attention(call: Call, mask: Tensor) -> tuple[np.ndarray, np.ndarray
     scores = scale * (q @ k.swapaxes(2, 3))
     if call.get("softcap", 0.0) > 0.0:
         scores = call["softcap"] * np.tanh(scores / call["softcap"])
+    if call.get("bias") is not None:
+        scores = scores + added_scores(call).nan_to_num(neginf=0.0).numpy()
     weights = np.exp(scores, where=visible, out=np.zeros_like(scores))
     mass = weights.sum(axis=-1, keepdims=True)
     sinks = 0 if call.get("sinks") is None else np.exp(call["sinks"].numpy().astype(np.longdouble)[:, None, None])
@@ -139,6 +159,7 @@ def check_attention(op: str, call: Call, **keywords: Any) -> tuple[Tensor, Tenso
     exact = exact_out, exact_lse = case.twin(**in_float64(call))
     assert out.dtype == call["q"].dtype
     assert lse.dtype == torch.promote_types(out.dtype, torch.float32)
+    call = unpaged(call)
     mask = mask_of(call).expand(*lse.shape, call["k"].shape[2])
     peers_out, peers_lse = zip(*peers_of(call, mask), strict=True)
     missed_out, missed_lse = residuals(extended_attention(call, mask), exact)

@@ -10,7 +10,17 @@ import torch
 from torch import Tensor
 
 import longctx
-from cases import DTYPES, Call, gathered, gathered_all_options, generator, int32, random_indices
+from cases import (
+    DTYPES,
+    Call,
+    gathered,
+    gathered_all_options,
+    gathered_paged,
+    generator,
+    int32,
+    randn,
+    random_indices,
+)  # fmt: skip
 from checks import assert_equal_to_rounding, assert_same_bits, check_attention
 
 HEAD_DIMS = (1, 7, 64, 80, 128, 192, 300)
@@ -278,6 +288,66 @@ def test_addresses_beyond_32_bits(dim: int) -> None:
         buffer = torch.frombuffer(storage, dtype=torch.bfloat16)
         views[name] = buffer.as_strided(call[name].shape, strides).copy_(call[name])
     assert_same_bits(longctx.gather_attention(**call | views), longctx.gather_attention(**call))
+
+
+@pytest.mark.sanitize
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_pages(isa: str, dtype: torch.dtype) -> None:
+    check_attention("gather_attention", gathered_paged(dtype))
+
+
+@pytest.mark.sanitize
+@pytest.mark.parametrize("block_size_k", [1, 4, 16, 24])
+@pytest.mark.parametrize("page_size", [1, 16, 600])
+def test_pages_equal_contiguous_keys(isa: str, page_size: int, block_size_k: int) -> None:
+    """The same bits, wherever the pages lie; other pages may hold anything."""
+    call = gathered(torch.bfloat16, seqlen_k=1100, num_entries=60, block_size_k=block_size_k, head_dim=32)
+    call |= {"seqused_k": int32(1100, 900), "num_first": 5, "num_last": 20}
+    expected = longctx.gather_attention(**call)
+    max_pages = -(-1100 // page_size)
+    table = torch.randperm(2 * max_pages + 3, generator=generator(0))[: 2 * max_pages].view(2, max_pages).int()
+    paged = call | {"page_table": table}
+    for name in ("k", "v"):
+        cache = torch.full((2 * max_pages + 3, 2, page_size, 32), torch.nan, dtype=torch.bfloat16)
+        for b, used in enumerate((1100, 900)):
+            for page in range(-(-used // page_size)):
+                rows = call[name][b, :, page * page_size : min((page + 1) * page_size, used)]
+                cache[int(table[b, page]), :, : rows.shape[1]] = rows
+        paged[name] = cache
+    assert_same_bits(longctx.gather_attention(**paged), expected)
+    rows_first = paged | {name: paged[name].transpose(1, 2).contiguous().transpose(1, 2) for name in ("k", "v")}
+    assert_same_bits(longctx.gather_attention(**rows_first), expected)
+
+
+def test_keys_of_missing_pages_are_skipped(isa: str) -> None:
+    call = gathered_paged(torch.float32)
+    call["page_table"] = call["page_table"].clone()
+    call["page_table"][0, 1], call["page_table"][0, 3] = -1, 15
+    missing = (call["indices"][0] // 16 == 1) | (call["indices"][0] // 16 == 3)
+    listed = call | {"indices": call["indices"].clone()}
+    listed["indices"][0] = listed["indices"][0].masked_fill(missing, -1)
+    assert_equal_to_rounding(longctx.gather_attention(**call), longctx.gather_attention(**listed))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", [{}, {"softcap": 2.0}, {"num_first": 3, "num_last": 30}], ids=str)
+@pytest.mark.parametrize(("num_q_heads", "index_heads"), [(2, 2), (8, 1), (8, 8)])
+def test_bias(isa: str, dtype: torch.dtype, options: Call, num_q_heads: int, index_heads: int) -> None:
+    sizes = {"num_q_heads": num_q_heads, "index_heads": index_heads, "seqlen_k": 200, "num_entries": 70}
+    call = gathered(dtype, block_size_k=2, **sizes)
+    call["bias"] = 2.0 * randn(*call["indices"].shape, seed=3)
+    call["bias"][..., ::5] = -torch.inf
+    check_attention("gather_attention", call, **options)
+
+
+def test_bias_counts_copies_of_a_key(isa: str) -> None:
+    """A bias of log n is as good as n equal keys: how one centroid stands for its cluster."""
+    call = gathered(torch.float32, seqlen_q=1, seqlen_k=6, num_entries=6, index_heads=1)
+    call["indices"] = int32(0, 1, 2, 3, 4, 5).view(1, 1, 1, 6).expand(2, 1, 1, 6)
+    for name in ("k", "v"):
+        call[name][:, :, 3:] = call[name][:, :, 2:3]
+    once = call | {"indices": call["indices"][..., :3], "bias": torch.tensor([1.0, 1.0, 4.0]).log().expand(2, 1, 1, 3)}
+    assert_equal_to_rounding(longctx.gather_attention(**once), longctx.gather_attention(**call))
 
 
 def test_random_indices_are_what_they_should() -> None:

@@ -30,6 +30,8 @@ struct KeyList {
   int64_t count = 0;
   const void* k_rows[kListKeys];  // -> [head_dim]
   const void* v_rows[kListKeys];  // -> [head_dim_v]
+  bool has_bias = false;
+  float bias[kListKeys];  // added to the scores
 };
 
 // What some keys contribute to one query row, unnormalised, in T (float, or double for float64).
@@ -55,8 +57,8 @@ struct FewRowsEngine {
   void (*pack_queries)(const FewRowsShape&, const void* const* rows, int64_t num_rows,
                        void* queries);
   void (*reset)(const FewRowsShape&, int64_t num_rows, void* state);
-  // s = q k^T, online softmax, acc += p v. `next` (or null) is the list of the next call: its first
-  // rows of K are prefetched.
+  // s = q k^T + bias, online softmax, acc += p v. `next` (or null) is the list of the next call:
+  // its first rows of K are prefetched.
   void (*accumulate)(const FewRowsShape&, int64_t num_rows, const void* queries, const KeyList&,
                      const KeyList* next, void* work, void* state);
   // partials[r] is the data of a PartialRow.

@@ -174,6 +174,7 @@ void run_few_rows_as(const FewRowsEngine& engine, const FewRowsJob& job, const S
 
 template <class Source>
 void run_few_rows(const FewRowsJob& job, const Source& source) {
+  if (job.num_rows() == 0) return;
   const FewRowsEngine& engine = choose_few_rows(job.shape.dtype, active_isa());
   if (job.shape.dtype == DType::kFloat64) return run_few_rows_as<double>(engine, job, source);
   run_few_rows_as<float>(engine, job, source);

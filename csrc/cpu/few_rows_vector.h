@@ -167,6 +167,7 @@ struct VectorFewRows {
             score<kRows>(shape, step, block, wide_k_rows, values);
           }
           if (shape.softcap > 0) apply_softcap<kRows>(shape, step);
+          if (list.has_bias) add_bias<kRows>(step, list.bias + first);
           hide_padding<kRows>(step);
           // softmax update
           update_softmax<kRows>(shape, step, block);
@@ -368,6 +369,20 @@ struct VectorFewRows {
     const V inverse = V::broadcast(static_cast<T>(1 / shape.softcap));
     for (int64_t i = 0; i < num_scores<kRows>(step); i += kLanes) {
       (cap * tanh(V::load(step.s + i) * inverse)).store(step.s + i);
+    }
+  }
+
+  template <int kRows>
+  static void add_bias(const Step& step, const float* bias) {
+    constexpr int kKeys = kLanes / kRows;
+    T* s = step.s;
+    for (int64_t first = 0; first < step.count; first += kKeys, s += kLanes) {
+      alignas(64) T lanes[kLanes];
+      for (int c = 0; c < kKeys; ++c) {
+        const T of_key = static_cast<T>(bias[smaller(first + c, step.count - 1)]);
+        for (int r = 0; r < kRows; ++r) lanes[r * kKeys + c] = of_key;
+      }
+      (V::load(s) + V::load(lanes)).store(s);
     }
   }
 

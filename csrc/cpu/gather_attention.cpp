@@ -2,6 +2,7 @@
 // where they stand, once for all query heads that share the selection.
 #include <algorithm>
 #include <cstdint>
+#include <limits>
 
 #include "dense_chunk.h"
 #include "few_rows_run.h"
@@ -34,8 +35,11 @@ class SelectedKeys {
     last_end_ = visible;
     const int64_t kv_head = unit.head * p.num_kv_heads / heads;
     const int64_t index_head = unit.head * p.index_heads / heads;
-    k_ = row_address(p.k, element_bytes(p.dtype), unit.batch, kv_head, 0);
-    v_ = row_address(p.v, element_bytes(p.dtype), unit.batch, kv_head, 0);
+    const bool in_pages = p.pages.page_table != nullptr;
+    const int64_t first = in_pages ? 0 : unit.batch;
+    k_ = row_address(p.k, element_bytes(p.dtype), first, kv_head, 0);
+    v_ = row_address(p.v, element_bytes(p.dtype), first, kv_head, 0);
+    if (in_pages) pages_ = p.pages.page_table + unit.batch * p.pages.max_pages;
     k_step_ = p.k.seq_stride * element_bytes(p.dtype);
     v_step_ = p.v.seq_stride * element_bytes(p.dtype);
     indices_ = p.indices.row(unit.batch, index_head, unit.token);
@@ -44,6 +48,7 @@ class SelectedKeys {
       num_entries_ =
           clamp_index(*p.counts.row(unit.batch, index_head, unit.token), 0, p.num_entries);
     }
+    if (p.bias.data != nullptr) bias_ = p.bias.row(unit.batch, index_head, unit.token);
     entry_ = slot / p.block_size_k;
     offset_ = slot % p.block_size_k;
   }
@@ -51,13 +56,30 @@ class SelectedKeys {
   // False when no key is left.
   bool next(KeyList* list) {
     list->count = 0;
+    list->has_bias = bias_ != nullptr;
     while (list->count < kListKeys) {
       if (run_.begin >= run_.end && !next_run()) break;
-      const int64_t count = std::min(run_.end - run_.begin, kListKeys - list->count);
-      for (int64_t i = 0; i < count; ++i, ++run_.begin) {
-        list->k_rows[list->count + i] = k_ + run_.begin * k_step_;
-        list->v_rows[list->count + i] = v_ + run_.begin * v_step_;
+      const char *k = k_, *v = v_;
+      int64_t row = run_.begin;
+      int64_t count = std::min(run_.end - run_.begin, kListKeys - list->count);
+      if (pages_ != nullptr) {
+        const PagesParams& pages = params_->pages;
+        const int64_t page = pages_[row / pages.page_size];
+        row %= pages.page_size;
+        count = std::min(count, pages.page_size - row);
+        if (page < 0 || page >= pages.num_pages) {
+          run_.begin += count;
+          continue;
+        }
+        k += page * params_->k.batch_stride * element_bytes(params_->dtype);
+        v += page * params_->v.batch_stride * element_bytes(params_->dtype);
       }
+      for (int64_t i = 0; i < count; ++i, ++row) {
+        list->k_rows[list->count + i] = k + row * k_step_;
+        list->v_rows[list->count + i] = v + row * v_step_;
+        list->bias[list->count + i] = run_bias_;
+      }
+      run_.begin += count;
       list->count += count;
     }
     return list->count > 0;
@@ -77,16 +99,22 @@ class SelectedKeys {
         }
         size = std::min(size, block - offset_);
         const int64_t key = indices_[entry_] * block + offset_;
-        const bool listed = indices_[entry_] >= 0;
+        bool listed = indices_[entry_] >= 0;
+        if (bias_ != nullptr) {
+          run_bias_ = bias_[entry_];
+          listed &= run_bias_ != -std::numeric_limits<float>::infinity();
+        }
         ++entry_;
         offset_ = 0;
         // Forced keys count once: as such.
         run_ = {std::max(key, first_end_), std::min(key + size, last_begin_)};
         if (!listed) run_ = {};
       } else if (slot_ < last) {
+        run_bias_ = 0;
         size = std::min(size, last - slot_);
         run_ = {slot_ - first, std::min(slot_ - first + size, first_end_)};
       } else {
+        run_bias_ = 0;
         const int64_t key = last_begin_ + slot_ - last;
         run_ = {key, std::min(key + size, last_end_)};
       }
@@ -105,7 +133,10 @@ class SelectedKeys {
   int64_t first_end_ = 0, last_begin_ = 0, last_end_ = 0;
   const char *k_ = nullptr, *v_ = nullptr;  // row of key 0
   int64_t k_step_ = 0, v_step_ = 0;         // bytes
+  const int32_t* pages_ = nullptr;          // [max_pages]; null: not paged
+  const float* bias_ = nullptr;             // [num_entries]; null: none
   Interval run_;
+  float run_bias_ = 0;
 };
 
 class Source {

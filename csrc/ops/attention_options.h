@@ -37,9 +37,11 @@ inline const float* sinks_data(const Checker& check, const OptionalTensor& sinks
   return sinks->const_data_ptr<float>();
 }
 
-// q [batch, num_q_heads, seqlen_q, head_dim] and k [batch, num_kv_heads, seqlen_k, head_dim].
+// q [batch, num_q_heads, seqlen_q, head_dim] and k [batch, num_kv_heads, seqlen_k, head_dim], or,
+// in pages, [num_pages, num_kv_heads, page_size, head_dim].
 template <class Params>
-void fill_query_key(const Checker& check, const Tensor& q, const Tensor& k, Params& params) {
+void fill_query_key(const Checker& check, const Tensor& q, const Tensor& k, Params& params,
+                    bool in_pages = false) {
   params.dtype = check.floating("q", q);
   check.shape("q", q, "[batch, num_q_heads, seqlen_q, head_dim]",
               {kAnySize, kAnySize, kAnySize, kAnySize});
@@ -48,8 +50,10 @@ void fill_query_key(const Checker& check, const Tensor& q, const Tensor& k, Para
   check.contiguous_last_dim("q", q);
   check.same_device("k", k, q);
   check.dtype("k", k, q.scalar_type());
-  check.shape("k", k, "[batch, num_kv_heads, seqlen_k, head_dim]",
-              {q.size(0), kAnySize, kAnySize, q.size(3)});
+  check.shape("k", k,
+              in_pages ? "[num_pages, num_kv_heads, page_size, head_dim]"
+                       : "[batch, num_kv_heads, seqlen_k, head_dim]",
+              {in_pages ? kAnySize : q.size(0), kAnySize, kAnySize, q.size(3)});
   check.require(k.size(1) > 0 && q.size(1) % k.size(1) == 0, "k",
                 "have a number of heads that divides the number of heads of `q`",
                 std::to_string(k.size(1)) + " beside " + std::to_string(q.size(1)));

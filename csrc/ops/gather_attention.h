@@ -8,33 +8,58 @@
 
 namespace longctx {
 
+// The keys of k and v in pages; returns how many a batch entry has room for.
+inline int64_t fill_pages(const Checker& check, const Tensor& q, const Tensor& k,
+                          const Tensor& page_table, PagesParams& pages) {
+  check.same_device("page_table", page_table, q);
+  check.dtype("page_table", page_table, ScalarType::Int);
+  check.shape("page_table", page_table, "[batch, max_pages]", {q.size(0), kAnySize});
+  check.contiguous("page_table", page_table);
+  check.require(k.size(2) > 0, "k", "have a page_size of at least 1", to_text(k.sizes()));
+  pages = {page_table.const_data_ptr<int32_t>(), page_table.size(1), k.size(0), k.size(2)};
+  return pages.max_pages * pages.page_size;
+}
+
+template <class T>
+RowsView<T> rows_of(const Tensor& tensor) {
+  return {tensor.const_data_ptr<T>(), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
+}
+
 template <void (*run)(const GatherAttentionParams&)>
 std::tuple<Tensor, Tensor> gather_attention(const Tensor& q, const Tensor& k, const Tensor& v,
                                             const Tensor& indices, const OptionalTensor& counts,
                                             int64_t block_size_k, int64_t num_first,
-                                            int64_t num_last, const OptionalTensor& seqused_k,
+                                            int64_t num_last, const OptionalTensor& bias,
+                                            const OptionalTensor& seqused_k,
+                                            const OptionalTensor& page_table,
                                             std::optional<double> softmax_scale, double softcap) {
   const Checker check("gather_attention");
   GatherAttentionParams params;
-  fill_query_key(check, q, k, params);
+  const bool in_pages = page_table.has_value();
+  fill_query_key(check, q, k, params, in_pages);
   params.seqs = sequences(check, q, k, std::nullopt, std::nullopt, seqused_k);
   check.same_device("v", v, q);
   check.dtype("v", v, q.scalar_type());
-  check.shape("v", v, "[batch, num_kv_heads, seqlen_k, head_dim_v]",
-              {q.size(0), k.size(1), k.size(2), kAnySize});
+  check.shape("v", v,
+              in_pages ? "[num_pages, num_kv_heads, page_size, head_dim_v]"
+                       : "[batch, num_kv_heads, seqlen_k, head_dim_v]",
+              {k.size(0), k.size(1), k.size(2), kAnySize});
   check.require(v.size(3) > 0, "v", "have a head_dim_v of at least 1", to_text(v.sizes()));
   check.contiguous_last_dim("v", v);
+  if (in_pages) {
+    check.require(seqused_k.has_value(), "seqused_k", "be given with `page_table`", "None");
+    params.seqs.seqlen_k = fill_pages(check, q, k, *page_table, params.pages);
+  }
 
   check.same_device("indices", indices, q);
   check.dtype("indices", indices, ScalarType::Int);
-  check.shape("indices", indices, "[batch, heads, seqlen_q, k]",
+  check.shape("indices", indices, "[batch, heads, seqlen_q, num_entries]",
               {q.size(0), kAnySize, q.size(2), kAnySize});
   const int64_t heads = indices.size(1);
   check.require(heads == 1 || heads == k.size(1) || heads == q.size(1), "indices",
                 "have 1, num_kv_heads or num_q_heads heads", to_text(indices.sizes()));
   check.contiguous_last_dim("indices", indices);
-  params.indices = {indices.const_data_ptr<int32_t>(), indices.stride(0), indices.stride(1),
-                    indices.stride(2)};
+  params.indices = rows_of<int32_t>(indices);
   params.num_entries = indices.size(3);
   params.index_heads = heads;
   if (counts) {
@@ -42,8 +67,15 @@ std::tuple<Tensor, Tensor> gather_attention(const Tensor& q, const Tensor& k, co
     check.dtype("counts", *counts, ScalarType::Int);
     check.shape("counts", *counts, "[batch, heads, seqlen_q] of `indices`",
                 {q.size(0), heads, q.size(2)});
-    params.counts = {counts->const_data_ptr<int32_t>(), counts->stride(0), counts->stride(1),
-                     counts->stride(2)};
+    params.counts = rows_of<int32_t>(*counts);
+  }
+  if (bias) {
+    check.same_device("bias", *bias, q);
+    check.dtype("bias", *bias, ScalarType::Float);
+    check.shape("bias", *bias, "[batch, heads, seqlen_q, num_entries] of `indices`",
+                {q.size(0), heads, q.size(2), indices.size(3)});
+    check.contiguous_last_dim("bias", *bias);
+    params.bias = rows_of<float>(*bias);
   }
   constexpr int64_t kMaxBlock = int64_t{1} << 20;
   check.require(block_size_k >= 1 && block_size_k <= kMaxBlock, "block_size_k", "be in [1, 2^20]",
@@ -51,8 +83,8 @@ std::tuple<Tensor, Tensor> gather_attention(const Tensor& q, const Tensor& k, co
   params.block_size_k = block_size_k;
   check.require(num_first >= 0, "num_first", "not be negative", num_first);
   check.require(num_last >= 0, "num_last", "not be negative", num_last);
-  params.num_first = std::min(num_first, k.size(2));
-  params.num_last = std::min(num_last, k.size(2));
+  params.num_first = std::min(num_first, params.seqs.seqlen_k);
+  params.num_last = std::min(num_last, params.seqs.seqlen_k);
   params.softmax_scale =
       softmax_scale.value_or(1.0 / std::sqrt(static_cast<double>(params.head_dim)));
   check.finite("softmax_scale", params.softmax_scale);

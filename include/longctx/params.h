@@ -77,16 +77,25 @@ struct BlockSparseAttentionParams : AttentionParams {
   BlockList blocks;
 };
 
-// An int32 tensor [batch, heads, seqlen_q, ...] whose last dim, if there is a fourth, is
-// contiguous.
-struct IndexView {
-  const int32_t* data = nullptr;
+// A tensor [batch, heads, seqlen_q, ...] whose last dim, if there is a fourth, is contiguous.
+template <class T>
+struct RowsView {
+  const T* data = nullptr;
   int64_t batch_stride = 0;
   int64_t head_stride = 0;
   int64_t row_stride = 0;
-  const int32_t* row(int64_t batch, int64_t head, int64_t row) const {
+  const T* row(int64_t batch, int64_t head, int64_t row) const {
     return data + batch * batch_stride + head * head_stride + row * row_stride;
   }
+};
+
+// Key j of batch entry b is row j % page_size of page page_table[b][j / page_size]; k and v are
+// then [num_pages, num_kv_heads, page_size, dim].
+struct PagesParams {
+  const int32_t* page_table = nullptr;  // [batch, max_pages], contiguous; null: not paged
+  int64_t max_pages = 0;
+  int64_t num_pages = 0;
+  int64_t page_size = 0;
 };
 
 // Attention of each query token over its own set of keys: the listed ones and those that are
@@ -99,8 +108,10 @@ struct GatherAttentionParams {
   TensorView v;         // [batch, num_kv_heads, seqlen_k, head_dim_v]
   TensorView out;       // [batch, num_q_heads, seqlen_q, head_dim_v]
   void* lse = nullptr;  // [batch, num_q_heads, seqlen_q] float (double for float64)
-  IndexView indices;    // [batch, index_heads, seqlen_q, num_entries]: blocks of keys
-  IndexView counts;     // [batch, index_heads, seqlen_q]: entries that count; null: all
+  PagesParams pages;
+  RowsView<int32_t> indices;  // [batch, index_heads, seqlen_q, num_entries]: blocks of keys
+  RowsView<float> bias;       // like indices: added to the scores of an entry's keys; null: none
+  RowsView<int32_t> counts;   // [batch, index_heads, seqlen_q]: entries that count; null: all
   int64_t num_entries = 0;
   int64_t index_heads = 1;   // 1, num_kv_heads or num_q_heads
   int64_t block_size_k = 1;  // keys of an entry

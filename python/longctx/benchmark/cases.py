@@ -461,9 +461,7 @@ CASES = [
         _partial(_sparse, kv_heads=2, density=0.1, masked=False),
         {"sdpa": (8.0, 20.0)},
     ),
-    Case(
-        "decoding, GQA 8/2, D=128", "attention", 131072, BF16, _partial(_decode, kv_heads=2), {"sdpa": (2.3, 3.5)}
-    ),
+    Case("decoding, GQA 8/2, D=128", "attention", 131072, BF16, _partial(_decode, kv_heads=2), {"sdpa": (2.3, 3.5)}),
     Case("decoding, 8/8, D=128", "attention", 131072, BF16, _partial(_decode, kv_heads=8), {"sdpa": (0.95, 1.2)}),
     Case(
         "2048 keys of all, GQA 8/2, D=128",

@@ -126,6 +126,17 @@ def selection(op: str, indices: Tensor, counts: Tensor | None, num_blocks: int) 
     _require(~twice.any(), op, "indices", "list no entry of a row twice", "a row that does")
 
 
+def pages(op: str, page_table: Tensor | None, seqused_k: Tensor | None, k: Tensor) -> None:
+    """The pages that `seqused_k` keys take are pages of `k`."""
+    if page_table is None or seqused_k is None:
+        return
+    num_pages, page_size = k.shape[0], k.shape[2]
+    used = torch.arange(page_table.shape[1], device=k.device) * page_size < seqused_k[:, None]
+    listed = page_table[used]
+    inside = bool(((listed >= 0) & (listed < num_pages)).all())
+    _require(inside, op, "page_table", f"be in [0, {num_pages})", f"[{_low(listed)}, {_high(listed)}]")
+
+
 def _low(values: Tensor) -> int:
     return int(values.min()) if values.numel() else 0
 

@@ -20,14 +20,16 @@ def gather_attention(
     block_size_k: int = 1,
     num_first: int = 0,
     num_last: int = 0,
+    bias: Tensor | None = None,
     seqused_k: Tensor | None = None,
+    page_table: Tensor | None = None,
     softmax_scale: float | None = None,
     softcap: float = 0.0,
     validate: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention of each query token over its own set of keys, without copying them together.
 
-    `out[i] = sum_j softmax_j(softmax_scale * q[i] . k[j]) v[j]` over the keys `j` of token `i`'s set. Token
+    `out[i] = sum_j softmax_j(softmax_scale * q[i] . k[j] + bias[j]) v[j]` over the keys `j` of token `i`'s set. Token
     `i` stands at key position `p = seqlen_k - seqlen_q + i` and its set never holds later keys: of the keys
     up to `p`, those in the listed blocks, the first `num_first` and the last `num_last`. A key counts once,
     however often it is meant.
@@ -46,7 +48,12 @@ def gather_attention(
         block_size_k: keys of an entry: 1 for single tokens, else the page size of the selection.
         num_first, num_last: this many keys at the start and at the end of the visible ones belong to every
             set, once even if listed.
+        bias: float32 like `indices`: added to the scores (after the softcap) of the keys of an entry; -inf
+            leaves the entry out. Keys that `num_first` and `num_last` add have none.
         seqused_k: int32 `[batch]`: keys at or beyond it do not exist; positions use it as seqlen_k.
+        page_table: int32 `[batch, max_pages]`: key `j` of entry `b` is row `j % page_size` of page
+            `page_table[b, j // page_size]`; k and v are then `[num_pages, num_kv_heads, page_size, ..]`.
+            Needs `seqused_k`. Keys of pages that do not exist are skipped.
         softmax_scale: factor on `q . k`; `None` means `head_dim ** -0.5`.
         softcap: `> 0` turns the scaled score `s` into `softcap * tanh(s / softcap)`.
         validate: also check the values of indices, counts and seqused_k (reads them).
@@ -62,7 +69,7 @@ def gather_attention(
     and V is read once per kv head and token: bound by memory. Deterministic: the same bits on any number of
     threads. CPU only so far. Gradients: none yet (raises NotImplementedError).
     Source: the gather step of Quest (arXiv 2406.10774), TidalDecode (arXiv 2410.05076), InfLLM (arXiv
-    2402.04617) and others; the partial results join as in FlashDecoding.
+    2402.04617) and others; a bias as in MagicPIG (arXiv 2410.16179); the parts join as in FlashDecoding.
 
     Example:
         >>> import torch, longctx
@@ -75,8 +82,10 @@ def gather_attention(
         (torch.Size([1, 8, 1, 64]), torch.Size([1, 8, 1]))
     """
     if validate:
-        _validate.lengths("gather_attention", "seqused_k", seqused_k, k.shape[2])
-        _validate.selection("gather_attention", indices, counts, -(-k.shape[2] // block_size_k))
+        seqlen_k = k.shape[2] if page_table is None else page_table.shape[1] * k.shape[2]
+        _validate.lengths("gather_attention", "seqused_k", seqused_k, seqlen_k)
+        _validate.pages("gather_attention", page_table, seqused_k, k)
+        _validate.selection("gather_attention", indices, counts, -(-seqlen_k // block_size_k))
     result: tuple[Tensor, Tensor] = torch.ops.longctx.gather_attention(
         q,
         k,
@@ -86,7 +95,9 @@ def gather_attention(
         block_size_k,
         num_first,
         num_last,
+        bias,
         seqused_k,
+        page_table,
         softmax_scale,
         softcap,
     )

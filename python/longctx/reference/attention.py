@@ -17,8 +17,9 @@ def masked_attention(
     softmax_scale: float | None,
     softcap: float,
     sinks: Tensor | None,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Softmax attention under a boolean `mask`, broadcast to [batch, num_q_heads, seqlen_q, seqlen_k]."""
+    """Softmax attention under a boolean `mask`, broadcast to [batch, num_q_heads, seqlen_q, seqlen_k] like `bias`."""
     group_size = q.shape[1] // k.shape[1]
     mask = mask.to(q.device).expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
     # Keys that no row sees may hold anything, and 0 * NaN is NaN.
@@ -29,6 +30,8 @@ def masked_attention(
     scores = scale * (q.double() @ k64.transpose(2, 3))
     if softcap > 0.0:
         scores = softcap * torch.tanh(scores / softcap)
+    if bias is not None:
+        scores = scores + bias.to(q.device)
     scores = scores.masked_fill(~mask, -torch.inf)
     lse = torch.logsumexp(scores, dim=-1)
     total = lse if sinks is None else torch.logaddexp(lse, sinks.double()[None, :, None])
