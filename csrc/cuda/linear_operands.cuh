@@ -74,8 +74,10 @@ LONGCTX_DEVICE void store_rounded_rows(T, const float (&acc)[kRowTiles][kTiles][
         transpose_quad(words);
         const int row = own_row(m, half + lane / kTiles), column = 8 * (lane % kTiles);
         if (row < num_rows && column < num_columns) {
-          *reinterpret_cast<uint4*>(out + row * stride + column) = {words[0], words[1], words[2],
-                                                                    words[3]};
+          // Counted in chunks: of an address in elements the compiler forgets the alignment, and
+          // takes four stores.
+          reinterpret_cast<uint4*>(out)[row * (stride / kChunk) + lane % kTiles] = {
+              words[0], words[1], words[2], words[3]};
         }
         continue;
       }
@@ -107,7 +109,7 @@ LONGCTX_DEVICE void store_wide_rows(const float (&acc)[kRowTiles][kTiles][4], fl
         const float first = acc[m][n][2 * half], second = acc[m][n][2 * half + 1];
         const int left = num_columns - own_column(n);
         if (aligned && left > 0) {
-          *reinterpret_cast<float2*>(to) = {first, second};
+          reinterpret_cast<float2*>(out)[row * (stride / 2) + own_column(n) / 2] = {first, second};
           continue;
         }
         if (left > 0) to[0] = first;
