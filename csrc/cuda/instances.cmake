@@ -49,8 +49,8 @@ longctx_cuda_kernel(linear_attention sm_80 "${linear_arguments}"
   DTYPES bfloat16 float16 HEAD_DIMS 64 128 256)
 longctx_cuda_kernel(linear_attention_fp32 sm_80 "${linear_arguments}" DTYPES float32 HEAD_DIMS 64 128 256)
 
-# The two head_dims that most models have, each 16-bit dtype at one of them.
-set(LONGCTX_REPRESENTATIVE_INSTANCES bfloat16-128 float16-64 float32-64 float32-128)
+# The two head_dims that most models have, each 16-bit dtype at one of them; and what runs another code path.
+set(LONGCTX_REPRESENTATIVE_INSTANCES bfloat16-128 float16-64 float32-64 float32-128 linear_attention-bfloat16-256)
 
 # longctx_cuda_instances(<prefix> <representative|all> <family>...)
 #
@@ -84,7 +84,8 @@ function(longctx_cuda_instances prefix selection)
     set(type ${type_${dtype}})
     list(APPEND includes "#include \"${path}/${kernel}.h\"\n")
     if(family IN_LIST ARGN AND (selection STREQUAL "all"
-        OR "${dtype}-${head_dim}" IN_LIST LONGCTX_REPRESENTATIVE_INSTANCES))
+        OR "${dtype}-${head_dim}" IN_LIST LONGCTX_REPRESENTATIVE_INSTANCES
+        OR "${kernel}-${dtype}-${head_dim}" IN_LIST LONGCTX_REPRESENTATIVE_INSTANCES))
       set(file ${folder}/${kernel}_${family}_${dtype}_${head_dim}.cu)
       configure_file(${CMAKE_SOURCE_DIR}/csrc/cuda/instance.cu.in ${file} @ONLY)
       list(APPEND files_${family} ${file})

@@ -112,7 +112,7 @@ class LinearWeigher {
     double before = device::shuffle_up(through, 1);
     if (lane == 0) before = 0;
     const double last = device::shuffle(through, device::kWarpSize - 1);
-    const float unit = key_unit(expf(device::shuffle(own_[0], 0)));
+    const float unit = key_unit(expf(device::shuffle(own_[0], 0))), factor = 1.0f / unit;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int token = 2 * lane + i;
@@ -121,13 +121,13 @@ class LinearWeigher {
       const float to_end = expf(static_cast<float>(last - sum));
       weights.rows[token] = pass_.descending ? to_end : from_begin;
       const float key = pass_.descending ? from_begin : to_end;
-      weights.keys[token] = token < num_keys ? key / unit : 0.0f;
+      weights.keys[token] = token < num_keys ? key * factor : 0.0f;
       const double log2_sum = sum * kLog2E;
       const float high = static_cast<float>(log2_sum);
       weights.sums[token] = {high, static_cast<float>(log2_sum - high)};
     }
     if (lane == 0) {
-      weights.carry = expf(static_cast<float>(last)) / unit;
+      weights.carry = expf(static_cast<float>(last)) * factor;
       weights.unit = unit;
       decay_.total += last;
     }
@@ -135,17 +135,17 @@ class LinearWeigher {
 
   LONGCTX_DEVICE void weigh_powers(int num_keys, LinearWeights& weights) const {
     const float* powers = decay_.powers;
-    const float unit = key_unit(powers[1]);
+    const float unit = key_unit(powers[1]), factor = 1.0f / unit;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int token = 2 * device::lane_index() + i;
       const float to_end = token < num_keys ? powers[num_keys - 1 - token] : 0.0f;
       weights.rows[token] = pass_.descending ? to_end : powers[token + 1];
       const float key = pass_.descending ? powers[token + 1] : to_end;
-      weights.keys[token] = token < num_keys ? key / unit : 0.0f;
+      weights.keys[token] = token < num_keys ? key * factor : 0.0f;
     }
     if (device::lane_index() == 0) {
-      weights.carry = powers[num_keys] / unit;
+      weights.carry = powers[num_keys] * factor;
       weights.unit = unit;
       decay_.total += num_keys * log_decay_at(p_.log_decay, 0, p_.num_q_heads, item_.head, 0, 0);
     }

@@ -34,7 +34,7 @@ class LinearProblem {
       const int64_t count =
           c.decay == Decay::kPerHead ? c.num_q_heads : c.batch * c.num_q_heads * c.seqlen_k;
       for (int64_t i = 0; i < count; ++i) {
-        const float value = static_cast<float>(-0.1 * std::fabs(normal(rng)));
+        const float value = static_cast<float>(-c.decay_size * std::fabs(normal(rng)));
         log_decay.push_back(i % 5 == 4 ? 0.0f : i % 67 == 3 ? -INFINITY : value);
       }
     }

@@ -18,7 +18,8 @@ struct LinearCase {
   bool initial_state = true;
   bool rows = true;  // else linear_attention_states
   int64_t num_segments = 1;
-  double size = 1;  // of q and k
+  double size = 1;          // of q, k and v
+  double decay_size = 0.1;  // of log decays
   std::vector<int32_t> cu_seqlens;
 
   int64_t num_seqs() const {

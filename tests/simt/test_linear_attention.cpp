@@ -19,6 +19,13 @@ TEST(linear_attention, bfloat16_few_columns) {
   c.layout = Layout::kRowsFirst;
   check_linear(c);
 }
+TEST(linear_attention, bfloat16_long_rows) {
+  LinearCase c;
+  c.head_dim = 200;
+  c.head_dim_v = 72;
+  c.num_q_heads = 1;
+  check_linear(c);
+}
 TEST(linear_attention, float16_per_token) {
   LinearCase c = narrow();
   c.decay = Decay::kPerToken;
@@ -129,6 +136,13 @@ TEST(linear_attention, float16_beyond_its_range) {
   LinearCase c = narrow();
   c.size = 100;
   c.wide_out = true;
+  check_linear(c);
+}
+TEST(linear_attention, float16_weights_below_its_range) {
+  LinearCase c = narrow();
+  c.reverse = c.normalize = true;
+  c.decay_size = 40;
+  c.initial_state = false;
   check_linear(c);
 }
 TEST(linear_attention_states, per_token) {
