@@ -7,11 +7,13 @@
 #include <immintrin.h>
 
 #include <algorithm>
+#include <cstdlib>
 #include <cstring>
 
 #include "amx_pack.h"
 #include "amx_products.h"
 #include "linear_amx_blocks.h"
+#include "linear_amx_operands.h"
 #include "linear_engine.h"
 
 namespace longctx::cpu {
@@ -20,6 +22,9 @@ namespace {
 template <class In>
 struct AmxLinear {
   static constexpr int kNumParts = kParts<In>;
+  // Operands are made beside the products that do not need them yet: 13% of float32's time. One
+  // part leaves no room for it: bf16 was 3% slower.
+  static constexpr bool kBeside = kNumParts > 1;
 
   static int64_t steps(const LinearShape& shape) { return (shape.head_dim + 31) / 32; }
   static int64_t blocks(const LinearShape& shape) { return (shape.state_dim() + 31) / 32; }
@@ -35,7 +40,7 @@ struct AmxLinear {
         : q(static_cast<char*>(memory)),
           k_t(q + rows_bytes(shape)),
           weighted(k_t + rows_bytes(shape)),
-          v(weighted + 4 * kNumParts * kHalves * kTileBytes),
+          v(weighted + 2 * steps(shape) * kNumParts * kHalves * kTileBytes),
           p(v + kHalves * half_bytes(shape)),
           zeros(p + kLinearChunk / 16 * kNumParts * kHalves * kTileBytes) {}
     static int64_t rows_bytes(const LinearShape& shape) {
@@ -46,13 +51,13 @@ struct AmxLinear {
     }
     char* q;         // [16 rows][part][depth step] tiles
     char* k_t;       // [32 keys][part][depth step][16 keys] tiles of 16 pairs of depth x 16 keys
-    char* weighted;  // two of [16 of depth][part][32 keys] tiles of 16 of depth x 32 keys
+    char* weighted;  // [16 of depth][part][32 keys] tiles of 16 of depth x 32 keys
     char* v;         // [32 keys][part][16 columns] tiles of 16 pairs of keys x 16 columns
     char* p;         // [16 rows][part][32 keys] tiles of 16 rows x 32 keys
     char* zeros;     // a row of q
   };
   static int64_t packed_bytes(const LinearShape& shape) {
-    return 2 * Packed::rows_bytes(shape) + 4 * kNumParts * kHalves * kTileBytes +
+    return 2 * Packed::rows_bytes(shape) + 2 * steps(shape) * kNumParts * kHalves * kTileBytes +
            kHalves * Packed::half_bytes(shape) +
            kLinearChunk / 16 * kNumParts * kHalves * kTileBytes + steps(shape) * 32 * sizeof(In);
   }
@@ -114,7 +119,7 @@ struct AmxLinear {
   // fight for the same cache sets.
   static bool in_place(const LinearShape& shape, const LinearChunk& chunk) {
     return kNumParts == 1 && shape.head_dim % kDepth == 0 && chunk.num_rows == kLinearChunk &&
-           chunk.q_stride <= 320;
+           std::abs(chunk.q_stride) <= 320;
   }
 
   static StripShape strip_shape(const LinearShape& shape) {
@@ -149,85 +154,34 @@ struct AmxLinear {
       char* to = packed.k_t + half * kNumParts * steps(shape) * 2 * kTileBytes;
       const In* k = static_cast<const In*>(chunk.k) + first * chunk.k_stride;
       if (count == kSide) {
-        pack_keys(shape, k, chunk.k_stride, to);
+        transpose_keys<In>(k, chunk.k_stride, shape.head_dim, to);
       } else {
         for (int64_t i = 0; i < count; ++i) rows[i] = k + i * chunk.k_stride;
         pack_query_tiles<In>(strip, rows, static_cast<int>(count), to);
       }
-      pack_values(shape, static_cast<const In*>(chunk.v) + first * chunk.v_stride, chunk.v_stride,
-                  count, packed.v + half * Packed::half_bytes(shape));
     }
+    if (!kBeside || chunk.q == nullptr) value_packing(shape, chunk, packed).finish();
   }
 
-  // 32 whole rows: pairs of depth, key by key.
-  static void pack_keys(const LinearShape& shape, const In* k, int64_t stride, char* to) {
-    const int64_t part_stride = steps(shape) * 2 * kTileBytes;
-    for (int64_t step = 0; step < steps(shape); ++step) {
-      const __mmask32 mask = depth_mask(shape.head_dim, step * kDepth);
-      for (int64_t half = 0; half < 2; ++half, to += kTileBytes) {
-        const In* from = k + half * 16 * stride + step * kDepth;
-        __m512i x[kNumParts][16];
-#pragma GCC unroll 16
-        for (int i = 0; i < 16; ++i) {
-          __m512i parts[kNumParts];
-          load_parts<In>(from + i * stride, mask, parts);
-          for (int part = 0; part < kNumParts; ++part) x[part][i] = parts[part];
-        }
-#pragma GCC unroll 3
-        for (int part = 0; part < kNumParts; ++part) {
-          transpose16(x[part]);
-#pragma GCC unroll 16
-          for (int i = 0; i < 16; ++i) {
-            _mm512_store_si512(to + part * part_stride + i * kTileRow, x[part][i]);
-          }
-        }
-      }
-    }
+  // With kBeside and rows in the chunk, attend does these two.
+  static ValuePacking<In> value_packing(const LinearShape& shape, const LinearChunk& chunk,
+                                        const Packed& packed) {
+    return {static_cast<const In*>(chunk.v),
+            chunk.v_stride,
+            shape.head_dim_v,
+            shape.normalize,
+            chunk.num_keys,
+            blocks(shape),
+            packed.v,
+            halves_of(chunk.num_keys) * kSide};
   }
-
-  // Pairs of keys, column by column.
-  static void pack_values(const LinearShape& shape, const In* v, int64_t stride, int64_t count,
-                          char* to) {
-    const int64_t part_stride = 2 * blocks(shape) * kTileBytes;
-    const __m512i first = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11);
-    const __m512i second = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
-    for (int64_t b = 0; b < blocks(shape); ++b) {
-      const int64_t column = b * kSide;
-      const __mmask32 columns =
-          column < shape.head_dim_v ? depth_mask(shape.head_dim_v, column) : __mmask32{0};
-      const int64_t ones_at = shape.head_dim_v - column;
-      const __mmask32 ones = shape.normalize && ones_at >= 0 && ones_at < kSide
-                                 ? __mmask32{1} << ones_at
-                                 : __mmask32{0};
-      const auto load = [&](int64_t key, __m512i(&parts)[kNumParts]) {
-        for (__m512i& part : parts) part = _mm512_setzero_si512();
-        if (key >= count) return;
-        load_parts<In>(v + key * stride + column, columns, parts);
-        constexpr short kOne = 0x3f80;
-        parts[0] = _mm512_mask_mov_epi16(parts[0], ones, _mm512_set1_epi16(kOne));
-      };
-      const bool whole = count == kSide && ones == 0;
-#pragma GCC unroll 4
-      for (int64_t pair = 0; pair < 16; ++pair) {
-        __m512i even[kNumParts], odd[kNumParts];
-        if (whole) {
-          const In* row = v + 2 * pair * stride + column;
-          load_parts<In>(row, columns, even);
-          load_parts<In>(row + stride, columns, odd);
-        } else {
-          load(2 * pair, even);
-          load(2 * pair + 1, odd);
-        }
-        for (int part = 0; part < kNumParts; ++part) {
-          const __m512i low = _mm512_unpacklo_epi16(even[part], odd[part]);
-          const __m512i high = _mm512_unpackhi_epi16(even[part], odd[part]);
-          char* tile = to + part * part_stride + b * 2 * kTileBytes + pair * kTileRow;
-          _mm512_store_si512(tile, _mm512_permutex2var_epi64(low, first, high));
-          _mm512_store_si512(tile + kTileBytes, _mm512_permutex2var_epi64(low, second, high));
-        }
-      }
-    }
+  static KeyWeighing<kNumParts> key_weighing(const LinearShape& shape, const LinearChunk& chunk,
+                                             const Packed& packed, const float* weights) {
+    const int64_t halves = halves_of(chunk.num_keys);
+    return {packed.k_t,   weights, packed.weighted,
+            steps(shape), halves,  steps(shape) * halves * KeyWeighing<kNumParts>::kPairs};
   }
+  static int64_t halves_of(int64_t count) { return (count + kSide - 1) / kSide; }
 
   static Tiles query_tiles(const LinearShape& shape, const LinearChunk& chunk, const Packed& packed,
                            int64_t half) {
@@ -263,8 +217,8 @@ struct AmxLinear {
                      const LinearOutput<float>& output, float* acc) {
     const Packed packed(shape, const_cast<void*>(memory));
     const State state(shape, const_cast<void*>(state_memory));
-    const int64_t halves = (chunk.num_rows + kSide - 1) / kSide;
-    const int64_t key_halves = weights.pairs == nullptr ? 0 : (chunk.num_keys + kSide - 1) / kSide;
+    const int64_t halves = halves_of(chunk.num_rows);
+    const int64_t key_halves = weights.pairs == nullptr ? 0 : halves_of(chunk.num_keys);
     const auto seen = [&](int64_t half) {
       return weights.causal ? std::min(key_halves, half + 1) : key_halves;
     };
@@ -275,22 +229,30 @@ struct AmxLinear {
     const int64_t k_part = steps(shape) * 2 * kTileBytes;
     const int64_t p_rows = 2 * kNumParts * kHalves * kTileBytes;
     ScoreBlock<kNumParts> scores;
+    ValuePacking<In> values;
+    KeyWeighing<kNumParts> keys;
+    if (kBeside && key_halves > 0) {
+      values = value_packing(shape, chunk, packed);
+      keys = key_weighing(shape, chunk, packed, weights.keys);
+    }
     finish_stores();
     for (int64_t half = 0; half < halves; ++half) {
-      for (int64_t keys = 0; keys < seen(half); ++keys, turn ^= 1) {
-        const Tiles k{packed.k_t + keys * kNumParts * k_part, kTileRow, kTileBytes, 2 * kTileBytes,
+      for (int64_t block = 0; block < seen(half); ++block, turn ^= 1) {
+        const Tiles k{packed.k_t + block * kNumParts * k_part, kTileRow, kTileBytes, 2 * kTileBytes,
                       k_part};
         multiply_block<kNumParts>(query_tiles(shape, chunk, packed, half), k, steps(shape),
                                   intra[turn], [&]() LONGCTX_ALWAYS_INLINE {
                                     scores.advance();
+                                    for (int i = 0; kBeside && i < 3; ++i) values.advance();
                                     ahead.q.advance();
                                   });
         scores.finish();
-        scores = {weights.pairs + half * kSide * kLinearChunk + keys * kSide, intra[turn],
-                  packed.p + half * p_rows + keys * kTileBytes, 0};
+        scores = {weights.pairs + half * kSide * kLinearChunk + block * kSide, intra[turn],
+                  packed.p + half * p_rows + block * kTileBytes, 0};
       }
     }
     scores.finish();
+    values.finish();
     finish_stores();
     // acc = rows q state + p v
     const bool direct = output.out != nullptr && output.more == nullptr && !shape.normalize;
@@ -298,6 +260,7 @@ struct AmxLinear {
     OutputBlock<In> rows;
     const auto between = [&]() LONGCTX_ALWAYS_INLINE {
       rows.advance();
+      if (kBeside) keys.advance();
       ahead.q.advance();
       ahead.k.advance();
       ahead.k.advance();
@@ -337,6 +300,7 @@ struct AmxLinear {
       }
     }
     rows.finish();
+    keys.finish(steps(shape));
     if (output.out != nullptr && !direct) finish(shape, acc, chunk.num_rows, output);
   }
 
@@ -344,24 +308,27 @@ struct AmxLinear {
                      const ChunkWeights<float>& weights, void* state_memory) {
     const Packed packed(shape, memory);
     const State state(shape, state_memory);
-    const int64_t key_halves = (chunk.num_keys + kSide - 1) / kSide;
+    const int64_t key_halves = halves_of(chunk.num_keys);
     alignas(64) float added[2][kSide * kSide];
     int turn = 0;
     StateBlock<kNumParts> sums;
     Ahead ahead(shape, chunk.next);
+    KeyWeighing<kNumParts> keys;
+    if (!kBeside || chunk.q == nullptr) {
+      keys = key_weighing(shape, chunk, packed, weights.keys);
+    }
     if (chunk.q != nullptr) ahead.k.rows = 0;  // attend has had them
     const auto between = [&]() LONGCTX_ALWAYS_INLINE {
       sums.advance();
+      if (kBeside) keys.advance();
       ahead.k.advance();
       ahead.v.advance();
       ahead.v.advance();
     };
     for (int64_t step = 0; step < steps(shape); ++step) {
-      char* weighted = packed.weighted + step % 2 * 2 * kNumParts * kHalves * kTileBytes;
-      for (int64_t half = 0; half < key_halves; ++half) {
-        weigh_keys(shape, packed, half, step, weights.keys, weighted);
-      }
+      keys.finish(step + 1);
       finish_stores();
+      const char* weighted = packed.weighted + step * 2 * kNumParts * kHalves * kTileBytes;
       const Tiles k{weighted, kTileRow, kNumParts * kHalves * kTileBytes, kTileBytes,
                     kHalves * kTileBytes};
       for (int64_t block = 0; block < blocks(shape); ++block, turn ^= 1) {
@@ -372,36 +339,6 @@ struct AmxLinear {
       }
     }
     sums.finish();
-  }
-
-  // 32 rows of (keys K)^T for 32 keys: the even or odd words of k^T's dwords.
-  static void weigh_keys(const LinearShape& shape, const Packed& packed, int64_t half, int64_t step,
-                         const float* weights, char* weighted) {
-    const int64_t part_stride = steps(shape) * 2 * kTileBytes;
-    const char* from = packed.k_t + half * kNumParts * part_stride + step * 2 * kTileBytes;
-    const __m512 weight0 = _mm512_loadu_ps(weights + half * kSide);
-    const __m512 weight1 = _mm512_loadu_ps(weights + half * kSide + 16);
-    for (int64_t pair = 0; pair < 16; ++pair, from += kTileRow) {
-      __m512 even0 = _mm512_setzero_ps(), even1 = even0, odd0 = even0, odd1 = even0;
-      for (int part = kNumParts - 1; part >= 0; --part) {
-        const __m512i words0 = _mm512_load_si512(from + part * part_stride);
-        const __m512i words1 = _mm512_load_si512(from + part * part_stride + kTileBytes);
-        even0 = _mm512_add_ps(even0, even_words(words0));
-        even1 = _mm512_add_ps(even1, even_words(words1));
-        odd0 = _mm512_add_ps(odd0, odd_words(words0));
-        odd1 = _mm512_add_ps(odd1, odd_words(words1));
-      }
-      char* to = weighted + pair / 8 * kNumParts * kHalves * kTileBytes + half * kTileBytes +
-                 pair % 8 * 2 * kTileRow;
-      const auto store = [&](char* row, __m512 x0, __m512 x1) LONGCTX_ALWAYS_INLINE {
-        split<kNumParts>(_mm512_mul_ps(x0, weight0), _mm512_mul_ps(x1, weight1),
-                         [&](int part, __m512i words) LONGCTX_ALWAYS_INLINE {
-                           _mm512_store_si512(row + part * kHalves * kTileBytes, words);
-                         });
-      };
-      store(to, even0, even1);
-      store(to + kTileRow, odd0, odd1);
-    }
   }
 
   static void finish(const LinearShape& shape, const float* acc, int64_t num_rows,

@@ -1,6 +1,6 @@
 // Blocks of 32 x 32 results of linear attention on AMX: their product, and what the vector unit
-// makes of them while the tile unit is at the next one. A product calls between() after every tile
-// product; each of the structs below is a block's work, done a few rows at a time by advance().
+// makes of them while the tile unit is at the next one. A product calls between() four times a step
+// of depth; each of the structs below is a block's work, done a few rows at a time by advance().
 #pragma once
 #include <immintrin.h>
 
@@ -49,15 +49,15 @@ LONGCTX_ALWAYS_INLINE inline void multiply_block(const Tiles& a, const Tiles& b,
       if (new_b) _tile_loadd(6, b0, kTileRow);
       if (new_a) _tile_loadd(4, a0, a.row);
       _tile_dpbf16ps(0, 4, 6);
-      between();
+      if (4 * n % kNumProducts<kNumParts> == 0) between();
       if (new_b) _tile_loadd(7, b0 + b.second, kTileRow);
       _tile_dpbf16ps(1, 4, 7);
-      between();
+      if ((4 * n + 1) % kNumProducts<kNumParts> == 0) between();
       if (new_a) _tile_loadd(5, a0 + a.second, a.row);
       _tile_dpbf16ps(2, 5, 6);
-      between();
+      if ((4 * n + 2) % kNumProducts<kNumParts> == 0) between();
       _tile_dpbf16ps(3, 5, 7);
-      between();
+      if ((4 * n + 3) % kNumProducts<kNumParts> == 0) between();
     }
   }
   store_scores(block);
