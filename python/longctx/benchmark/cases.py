@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -377,6 +377,32 @@ def _linear_gradients(length: int, dtype: torch.dtype) -> Contenders:
     return Contenders(run, 4 * 8.0 * length * 128 * (2 * 64 + 4 * 128), 4 * 4.0 * q.nbytes, exact=twin)
 
 
+def _linear_beside_sdpa(length: int, dtype: torch.dtype) -> Contenders:
+    """Short lengths: where linear attention overtakes the quadratic one."""
+    contenders = _linear(length, dtype)
+    run = {name: contenders.run[name] for name in ("longctx", "sdpa")}
+    return replace(contenders, run=run)
+
+
+def _linear_beside_itself(length: int, dtype: torch.dtype, *, short: int) -> Contenders:
+    """The same number of tokens in calls of `short`: the speed-up is tokens/s at `length` over tokens/s at `short`."""
+    q, k, v = _qkv(length, dtype, 8, 8, 128)
+    k.mul_(0.1 * 128**-0.5)
+    log_decay = -(2.0 ** -torch.arange(1.0, 9.0))
+    first_q, first_k, first_v = (x[:, :, :short] for x in (q, k, v))
+
+    def short_calls() -> None:
+        for _ in range(length // short):
+            longctx.linear_attention(first_q, first_k, first_v, log_decay)
+
+    run: dict[str, Callable[[], object]] = {
+        "longctx": lambda: longctx.linear_attention(q, k, v, log_decay),
+        f"itself, {short} tokens": short_calls,
+    }
+    twin = functools.partial(reference.linear_attention, q, k, v, log_decay)
+    return Contenders(run, 8.0 * length * 128 * (2 * 64 + 4 * 128), 4.0 * q.nbytes, exact=twin)
+
+
 def _linear_states(length: int, dtype: torch.dtype) -> Contenders:
     _, k, v = _qkv(length, dtype, 8, 8, 128)
 
@@ -503,6 +529,19 @@ CASES = [
     Case("last 128 queries by key, GQA 8/2, D=128", "attention_mass", 32768, BF16, _attention_mass),
     Case("8 heads, D=128", "linear_attention", 16384, BF16, _linear, {"torch chunks": (6.0, 14.0)}),
     Case("8 heads, D=128", "linear_attention", 16384, FP32, _linear, {"torch chunks": (2.5, 4.5)}),
+    # The crossover with SDPA: at most 1024 tokens, the goal is 400.
+    Case("8 heads, D=128", "linear_attention", 256, BF16, _linear_beside_sdpa),
+    Case("8 heads, D=128", "linear_attention", 400, BF16, _linear_beside_sdpa, {"sdpa": (0.0, 1.0)}),
+    Case("8 heads, D=128", "linear_attention", 512, BF16, _linear_beside_sdpa),
+    Case("8 heads, D=128", "linear_attention", 1024, BF16, _linear_beside_sdpa, {"sdpa": (1.0, 1.0)}),
+    Case(
+        "8 heads, D=128, speed kept at length",
+        "linear_attention",
+        262144,
+        BF16,
+        _partial(_linear_beside_itself, short=4096),
+        {"itself, 4096 tokens": (0.9, 1.0)},
+    ),
     Case(
         "forward + backward, 8 heads, D=128",
         "linear_attention",
