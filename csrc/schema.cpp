@@ -70,6 +70,9 @@ STABLE_TORCH_LIBRARY(longctx, m) {
          "int? max_blocks_per_row=None, " +
              kSequenceOptions + ") -> (Tensor, Tensor)");
   define(m,
+         "threshold_select(Tensor scores, float value, int max_k, str method=\"threshold\", "
+         "Tensor? lengths=None, int num_first=0, int num_last=0) -> (Tensor, Tensor)");
+  define(m,
          "topk_select(Tensor scores, int k, Tensor? lengths=None, int num_first=0, "
          "int num_last=0) -> (Tensor, Tensor)");
 }

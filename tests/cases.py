@@ -642,6 +642,43 @@ CASES = {
             dtypes=SCORE_DTYPES,
         ),
         OpCase(
+            name="threshold_select",
+            calls={
+                "plain": score_rows(2, 3, 5, 40, value=0.5, max_k=12),
+                "all_options": score_rows(
+                    2,
+                    3,
+                    4,
+                    50,
+                    value=0.6,
+                    method="cumulative",
+                    max_k=11,
+                    lengths=int32(*(2 * (0, 1, 3, 5, 6, 9, 10, 33, 40, 48, 49, 50))).view(2, 3, 4),
+                    num_first=1,
+                    num_last=2,
+                ),
+                "one_row": score_rows(300, value=-0.5, max_k=20, num_last=4),
+            },
+            illegal={
+                "value": (float("nan"),),
+                "method": ("top_k", ""),
+                "max_k": (-1, 2, 2**31, INT64_MAX, -INT64_MAX),
+                "num_first": (-1, -INT64_MAX),
+                "num_last": (-1, -INT64_MAX),
+            },
+            extreme={
+                "value": (0.0, 1.0, -1e30, 1e30, float("inf"), -float("inf")),
+                "max_k": (3, 50, 1000),
+                "num_first": (0, 9),
+                "num_last": (0, 10),
+            },
+            legal_changes=ROW_CHANGES,
+            growing={"scores": 3},
+            invalid=INVALID_LENGTHS,
+            any_strides=frozenset({"lengths"}),
+            dtypes=SCORE_DTYPES,
+        ),
+        OpCase(
             name="linear_attention",
             calls={
                 "plain": linear_plain,

@@ -62,6 +62,7 @@ RECORDING = frozenset(
         "merge_states",
         "opcheck",
         "select_blocks",
+        "threshold_select",
         "topk_select",
     )
 )

@@ -161,6 +161,15 @@ def test_forced_indices_that_overlap() -> None:
     assert_same_rows(randn(4, 20, seed=9), 12, lengths=int32(3, 8, 12, 20), num_first=5, num_last=7)
 
 
+@pytest.mark.sanitize
+@pytest.mark.parametrize("num_competing", [1, 10, 1000])
+def test_mostly_forced(isa: str, num_competing: int) -> None:
+    """A long row of which few places are left to compete for."""
+    scores = randn(1, 100_000, seed=13)
+    options = {"num_first": 20_000 - num_competing, "num_last": 5000}
+    assert_same_rows(scores, 25_000, **options)
+
+
 def test_forced_indices_need_room() -> None:
     scores = torch.zeros(2, 8)
     with pytest.raises(ValueError, match="`k` must leave room for `num_first` and `num_last`; got 5"):

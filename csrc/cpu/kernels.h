@@ -12,6 +12,7 @@ void run_gather_attention_cpu(const GatherAttentionParams& params);
 void run_block_scores_cpu(const BlockScoresParams& params);
 void run_select_blocks_cpu(const SelectBlocksParams& params);
 void run_topk_select_cpu(const TopKSelectParams& params);
+void run_threshold_select_cpu(const ThresholdSelectParams& params);
 void run_linear_attention_cpu(const LinearAttentionParams& params);  // and its states alone
 void run_linear_attention_decode_cpu(const LinearAttentionDecodeParams& params);
 

@@ -14,6 +14,7 @@
 #include "ops/linear_attention_states.h"
 #include "ops/merge_states.h"
 #include "ops/select_blocks.h"
+#include "ops/threshold_select.h"
 #include "ops/topk_select.h"
 
 namespace longctx {
@@ -82,5 +83,6 @@ STABLE_TORCH_LIBRARY_IMPL(longctx, CPU, m) {
   m.impl("linear_attention_states", TORCH_BOX(&linear_attention_states<run_linear_attention_cpu>));
   m.impl("merge_states", TORCH_BOX(&merge_states<run_merge_states_cpu>));
   m.impl("select_blocks", TORCH_BOX(&select_blocks<run_select_blocks_cpu>));
+  m.impl("threshold_select", TORCH_BOX(&threshold_select<run_threshold_select_cpu>));
   m.impl("topk_select", TORCH_BOX(&topk_select<run_topk_select_cpu>));
 }

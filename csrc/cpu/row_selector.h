@@ -25,8 +25,8 @@ class RowSelector {
       : kernels_(kernels), format_(format) {
     k = std::min(k, n);
     const int64_t capacity = list_capacity(k, n);
-    const Sample sample = sample_of(n, k);
-    const int64_t sample_capacity = list_capacity(sample.rank, sample.size);
+    const int64_t sample_size = std::min(n / 16, kLargestSample);
+    const int64_t sample_capacity = list_capacity(kHighestRank, sample_size);
     ScratchPlan plan;
     const auto add_list = [&plan](int64_t size) {
       const size_t keys = plan.add<uint32_t>(size + kListSlack);
@@ -36,7 +36,7 @@ class RowSelector {
     const size_t list = add_list(capacity);
     const size_t sample_list = add_list(sample_capacity);
     const size_t spare = plan.add<uint32_t>(std::max(capacity, sample_capacity) + kListSlack);
-    const size_t sampled = plan.add<Bits>(sample.size);
+    const size_t sampled = plan.add<Bits>(sample_size);
     char* base = static_cast<char*>(thread_scratch(plan.bytes()));
     const auto place = [base](size_t keys, int64_t size) {
       ScratchPlan before;  // of the indices, which follow the keys
@@ -73,6 +73,7 @@ class RowSelector {
       const int64_t line = from + static_cast<int64_t>(random >> 8) % width;
       std::memcpy(sampled_ + g * kLine, row + begin + line * kLine, kLine * sizeof(Bits));
     }
+    sample_list_.capacity = list_capacity(sample.rank, sample.size);
     best_above(sampled_, 0, sample.size, sample.rank, 0, sample_list_);
     return kernels_.key_range(sample_list_.keys, sample_list_.count).low;
   }
@@ -81,6 +82,19 @@ class RowSelector {
   const ScoreList& best_above(const Bits* row, int64_t begin, int64_t end, int64_t k,
                               uint32_t bound) {
     best_above(row, begin, end, k, bound, list_);
+    return list_;
+  }
+
+  // Of what was chosen last, the shortest prefix of the order whose weights sum to `wanted`.
+  template <class Weight>
+  const ScoreList& reach(int64_t wanted, const Weight& weight) {
+    const KeyCut cut = find_cut(kernels_, list_.keys, list_.count, wanted, weight, spare_);
+    kernels_.keep(cut.key, cut.num_ties, list_);
+    return list_;
+  }
+
+  const ScoreList& none() {
+    list_.count = 0;
     return list_;
   }
 
@@ -105,6 +119,9 @@ class RowSelector {
 
  private:
   static constexpr int64_t kLine = 64 / sizeof(Bits);  // scores of a cache line
+  static constexpr int64_t kLargestSample = 1 << 14;
+  static constexpr int64_t kHighestRank =
+      2048;  // at most a 16th of a row that is sampled is wanted
 
   // The row is read where it is sampled a cache line at a time.
   struct Sample {
@@ -120,13 +137,12 @@ class RowSelector {
   // The neighbours of a score tell little new: the margin is four standard deviations as if a line
   // held one score, many times.
   static Sample sample_of(int64_t n, int64_t k) {
-    constexpr int64_t kLargest = 1 << 14;
     if (n < 8 * list_capacity(k, n)) return {};
-    const int64_t size = std::min(n / 16, kLargest) / kLine * kLine;
+    const int64_t size = std::min(n / 16, kLargestSample) / kLine * kLine;
     const double expected =
         static_cast<double>(k) * static_cast<double>(size) / static_cast<double>(n);
     const double margin = 16.0 * std::sqrt(expected) + 16.0;
-    return {size, std::min(size, static_cast<int64_t>(expected + margin))};
+    return {size, std::min(size, static_cast<int64_t>(expected + margin))};  // <= kHighestRank
   }
 
   int64_t scan(const uint32_t* row, int64_t begin, int64_t end, BitRange range, ScoreList& list) {

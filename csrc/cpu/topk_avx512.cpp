@@ -4,6 +4,7 @@
 #include <immintrin.h>
 #pragma GCC diagnostic pop
 
+#include "mass_loops.h"
 #include "topk_kernels.h"
 
 namespace longctx::cpu {
@@ -156,7 +157,8 @@ void keep(uint32_t key, int64_t num_ties, ScoreList& list) {
   }
 }
 
-constexpr TopKKernels kTopKKernels = {scan32, scan16, order_keys, key_range, collect, keep};
+constexpr TopKKernels kTopKKernels = {scan32,  scan16, order_keys, key_range,
+                                      collect, keep,   mass_sum};
 
 }  // namespace
 

@@ -38,6 +38,8 @@ struct TopKKernels {
   int64_t (*collect)(const uint32_t* keys, int64_t count, KeyRange range, uint32_t* to);
   // Keeps the entries above `key` and the first `num_ties` at it, in order.
   void (*keep)(uint32_t key, int64_t num_ties, ScoreList& list);
+  // The sum of logit_mass(score, best, shift) over scores of `dtype`.
+  int64_t (*mass_sum)(DType dtype, const void* scores, int64_t count, float best, int shift);
 };
 
 const TopKKernels& generic_topk_kernels();

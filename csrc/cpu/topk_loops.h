@@ -5,6 +5,7 @@
 #pragma once
 #include <cstdint>
 
+#include "mass_loops.h"
 #include "topk_kernels.h"
 
 namespace longctx::cpu {
@@ -75,8 +76,8 @@ void keep(uint32_t key, int64_t num_ties, ScoreList& list) {
   list.count = kept;
 }
 
-constexpr TopKKernels kTopKKernels = {scan<uint32_t>, scan<uint16_t>, order_keys,
-                                      key_range,      collect,        keep};
+constexpr TopKKernels kTopKKernels = {scan<uint32_t>, scan<uint16_t>, order_keys, key_range,
+                                      collect,        keep,           mass_sum};
 
 }  // namespace
 }  // namespace longctx::cpu

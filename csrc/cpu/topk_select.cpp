@@ -2,13 +2,13 @@
 // are fewer, pieces of rows, whose lists are then joined.
 #include <algorithm>
 #include <cstdint>
-#include <numeric>
 #include <vector>
 
 #include "kernels.h"
 #include "longctx/score_rows.h"
 #include "parallel.h"
 #include "row_selector.h"
+#include "write_chosen.h"
 
 namespace longctx::cpu {
 namespace {
@@ -107,21 +107,7 @@ class TopKSelect {
 
   // `list` null: everything that competes is chosen, or nothing.
   void write(int64_t row, const RowParts& r, const ScoreList* list) const {
-    int32_t* const out = p_.indices + row * p_.k;
-    int32_t* next = out;
-    const auto count_up = [&next](int64_t begin, int64_t end) {
-      std::iota(next, next + (end - begin), static_cast<int32_t>(begin));
-      next += end - begin;
-    };
-    count_up(0, r.first);
-    if (list != nullptr) {
-      next = std::copy_n(list->indices, list->count, next);
-    } else {
-      count_up(r.first, r.first + r.places);
-    }
-    count_up(r.last, r.length);
-    p_.counts[row] = static_cast<int32_t>(next - out);
-    std::fill(next, out + p_.k, -1);
+    write_chosen(p_, row, r, list);
   }
 
   const TopKSelectParams& p_;

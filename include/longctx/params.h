@@ -231,6 +231,13 @@ struct TopKSelectParams {
   int32_t* counts = nullptr;   // [num_rows]
 };
 
+// Fewer than k where the rule chooses fewer: scores of at least `value`, or the fewest that hold
+// the share `value` of the row's softmax.
+struct ThresholdSelectParams : TopKSelectParams {
+  bool cumulative = false;
+  float value = 0.0f;
+};
+
 // Log decays, <= 0, of linear attention: [num_q_heads], or per_token [batch, num_q_heads, seqlen].
 struct LogDecay {
   const void* data = nullptr;  // contiguous; null: no decay

@@ -296,6 +296,28 @@ def _topk_select(length: int, dtype: torch.dtype, *, rows: str) -> Contenders:
     return Contenders(run, 0.0, scores.nbytes, exact=functools.partial(reference.topk_select, scores, k))
 
 
+def _threshold_select(length: int, dtype: torch.dtype, *, method: str) -> Contenders:
+    """At most 4096 of each row: those above 2.5, or those that hold half of the softmax."""
+    scores = _score_rows(length, dtype, "random")
+    scores = scores if method == "threshold" else 4 * scores
+    value, max_k = (2.5, 4096) if method == "threshold" else (0.5, 4096)
+
+    def torch_threshold() -> Tensor:
+        return (scores >= value).nonzero()
+
+    def torch_cumulative() -> tuple[Tensor, Tensor]:
+        weights, order = torch.softmax(scores, dim=-1).sort(dim=-1, descending=True)
+        return order, (weights.cumsum(-1) - weights < value).sum(-1)
+
+    options = {"value": value, "method": method, "max_k": max_k}
+    run: dict[str, Callable[[], object]] = {
+        "longctx": lambda: longctx.threshold_select(scores, **options),  # type: ignore[arg-type]
+        "torch": torch_threshold if method == "threshold" else torch_cumulative,
+    }
+    twin = functools.partial(reference.threshold_select, scores, **options)  # type: ignore[arg-type]
+    return Contenders(run, 0.0, scores.nbytes, exact=twin)
+
+
 def _attention_mass(length: int, dtype: torch.dtype) -> Contenders:
     """What the last block of queries looks at: the estimate behind FlexPrefill and MInference."""
     q, k, v = _qkv(length, dtype, 8, 2, 128)
@@ -526,6 +548,14 @@ CASES = [
         )
     ),
     Case("2048, 8 rows, random", "topk_select", 1 << 20, BF16, _partial(_topk_select, rows="random")),
+    Case("above 2.5, 8 rows", "threshold_select", 1 << 17, FP32, _partial(_threshold_select, method="threshold")),
+    Case(
+        "half of the softmax, 8 rows",
+        "threshold_select",
+        1 << 17,
+        FP32,
+        _partial(_threshold_select, method="cumulative"),
+    ),
     Case("last 128 queries by key, GQA 8/2, D=128", "attention_mass", 32768, BF16, _attention_mass),
     Case("8 heads, D=128", "linear_attention", 16384, BF16, _linear, {"torch chunks": (6.0, 14.0)}),
     Case("8 heads, D=128", "linear_attention", 16384, FP32, _linear, {"torch chunks": (2.5, 4.5)}),

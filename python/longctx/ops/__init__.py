@@ -15,6 +15,7 @@ from longctx.ops.linear_attention_decode import linear_attention_decode  # noqa:
 from longctx.ops.linear_attention_states import linear_attention_states  # noqa: E402
 from longctx.ops.merge_states import merge_states  # noqa: E402
 from longctx.ops.select_blocks import select_blocks  # noqa: E402
+from longctx.ops.threshold_select import threshold_select  # noqa: E402
 from longctx.ops.topk_select import topk_select  # noqa: E402
 
 __all__ = [
@@ -28,5 +29,6 @@ __all__ = [
     "linear_attention_states",
     "merge_states",
     "select_blocks",
+    "threshold_select",
     "topk_select",
 ]

@@ -14,6 +14,7 @@ from longctx.reference.gather_attention import gather_attention
 from longctx.reference.linear_attention import linear_attention, linear_attention_decode, linear_attention_states
 from longctx.reference.merge_states import merge_states
 from longctx.reference.select_blocks import select_blocks
+from longctx.reference.threshold_select import threshold_select
 from longctx.reference.topk_select import topk_select
 
 __all__ = [
@@ -27,5 +28,6 @@ __all__ = [
     "linear_attention_states",
     "merge_states",
     "select_blocks",
+    "threshold_select",
     "topk_select",
 ]
