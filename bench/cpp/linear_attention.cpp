@@ -14,7 +14,7 @@ namespace {
 
 constexpr int64_t kHeads = 8;
 
-template <class T>
+template <class T, bool reverse = false>
 void linear_attention(benchmark::State& state) {
   const int64_t seqlen = state.range(0), head_dim = state.range(1);
   Tensor<T> q(kHeads, seqlen, head_dim), k(kHeads, seqlen, head_dim), v(kHeads, seqlen, head_dim),
@@ -30,6 +30,7 @@ void linear_attention(benchmark::State& state) {
   params.out = out.view();
   params.log_decay.data = log_decay.data();
   params.final_state = final_state.data();
+  params.reverse = reverse;
   params.num_q_heads = params.num_kv_heads = kHeads;
   params.head_dim = params.head_dim_v = head_dim;
   for (auto _ : state) {
@@ -73,6 +74,8 @@ constexpr auto kShapes = [](auto* bench) {
 BENCHMARK(linear_attention<BFloat16>)->Apply(kShapes);
 BENCHMARK(linear_attention<Float16>)->Apply(kShapes);
 BENCHMARK(linear_attention<float>)->Apply(kShapes);
+BENCHMARK(linear_attention<BFloat16, true>)->Apply(kShapes);
+BENCHMARK(linear_attention<float, true>)->Apply(kShapes);
 BENCHMARK(linear_attention_decode<BFloat16>)->ArgNames({"heads", "D"})->Args({64, 128});
 BENCHMARK(linear_attention_decode<float>)->ArgNames({"heads", "D"})->Args({64, 128});
 
