@@ -273,7 +273,8 @@ def linear_cross(dtype: torch.dtype) -> Call:
 def linear_reversed(dtype: torch.dtype) -> Call:
     sizes = {"num_q_heads": 6, "num_kv_heads": 3, "seqlen_q": 150, "seqlen_k": 150, "head_dim_v": 24}
     call = linear(dtype, decay=(2, 6, 150), num_states=2, seed=70, **sizes)
-    return call | {"scale": 0.3, "num_segments": 2, "reverse": True, "wide_out": True}
+    rows_first = {name: call[name].transpose(1, 2).contiguous().transpose(1, 2) for name in "qkv"}
+    return call | rows_first | {"scale": 0.3, "num_segments": 2, "reverse": True, "wide_out": True}
 
 
 def without(call: Callable[[torch.dtype], Call], *names: str) -> Callable[[torch.dtype], Call]:

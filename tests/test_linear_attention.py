@@ -164,6 +164,19 @@ def test_few_heads_take_more_threads() -> None:
         assert relative_error(actual, expected) < 1e-6
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", [{}, {"causal": False}, {"wide_out": True}, {"normalize": True, "reverse": True}])
+def test_out_lies_like_q(isa: str, dtype: torch.dtype, options: dict[str, Any]) -> None:
+    """Rows of heads side by side come back so, and the numbers are those of any other order."""
+    call = linear(dtype, decay=(4,), seqlen_q=130, seqlen_k=130, head_dim_v=24)
+    out, _ = longctx.linear_attention(**call, **options)
+    assert out.is_contiguous()
+    rows_first = {name: call[name].transpose(1, 2).contiguous().transpose(1, 2) for name in "qkv"}
+    again, _ = longctx.linear_attention(**call | rows_first, **options)
+    assert again.transpose(1, 2).is_contiguous()
+    assert_same_bits(again, out)
+
+
 @pytest.mark.parametrize("causal", [True, False])
 def test_addresses_beyond_32_bits(causal: bool) -> None:
     """Heads farther apart than 2^31 elements; pages that nobody touches cost no memory."""

@@ -158,7 +158,7 @@ class LinearSweep {
             static_cast<T>(params_.eps),
             out_bytes() >= kStreamedBytes};
   }
-  // out is contiguous.
+  // out has no gaps.
   int64_t out_bytes() const {
     return params_.seqs.batch * params_.num_q_heads * params_.seqs.seqlen_q * params_.head_dim_v *
            out_size_;

@@ -62,6 +62,16 @@ inline void check_initial_state(const Checker& check, const OptionalTensor& init
               {params.seqs.num_seqs, params.num_q_heads, params.head_dim, params.state_dim()});
 }
 
+// [batch, num_q_heads, seqlen_q, dim], in the order of q in memory: rows of heads side by side stay
+// so, and whoever joins the heads again copies nothing.
+inline Tensor new_rows(const Tensor& q, int64_t dim, ScalarType dtype) {
+  if (q.size(1) == 1 || q.stride(1) >= q.stride(2)) {
+    return torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2), dim}, dtype);
+  }
+  return torch::stable::transpose(
+      torch::stable::new_empty(q, {q.size(0), q.size(2), q.size(1), dim}, dtype), 1, 2);
+}
+
 template <void (*run)(const LinearAttentionParams&)>
 std::tuple<Tensor, Tensor> linear_attention(const Tensor& q, const Tensor& k, const Tensor& v,
                                             const OptionalTensor& log_decay,
@@ -108,8 +118,7 @@ std::tuple<Tensor, Tensor> linear_attention(const Tensor& q, const Tensor& k, co
   const OptionalTensor initial = contiguous(initial_state);
   params.initial_state = data_of(initial);
   const Tensor out =
-      torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2), v.size(3)},
-                               wide_out ? state_type(params.dtype) : q.scalar_type());
+      new_rows(q, v.size(3), wide_out ? state_type(params.dtype) : q.scalar_type());
   const Tensor final_state = torch::stable::new_empty(
       q, {params.seqs.num_seqs, params.num_q_heads, params.head_dim, params.state_dim()},
       state_type(params.dtype));

@@ -62,9 +62,9 @@ def linear_attention(
         validate: also check the values of log_decay and cu_seqlens (reads them).
 
     Returns:
-        `out [batch, num_q_heads, seqlen_q, head_dim_v]` in q's dtype, and the state after the last key
-        (`reverse`: before the first), like `initial_state`: pass it on to continue, or to
-        `linear_attention_decode`.
+        `out [batch, num_q_heads, seqlen_q, head_dim_v]` in q's dtype and in memory in q's order (heads or rows
+        side by side), and the state after the last key (`reverse`: before the first), like `initial_state`:
+        pass it on to continue, or to `linear_attention_decode`.
 
     Raises:
         ValueError: an argument is wrong; the message names the op, argument, rule and what was given.
@@ -116,7 +116,12 @@ def _fake(
     num_seqs = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     state = (num_seqs, q.shape[1], q.shape[3], v.shape[3] + normalize)
     wide = state_dtype(q.dtype)
-    out = q.new_empty((*q.shape[:3], v.shape[3]), dtype=wide if wide_out else q.dtype)
+    batch, num_heads, seqlen, head_dim_v = *q.shape[:3], v.shape[3]
+    dtype = wide if wide_out else q.dtype
+    if num_heads == 1 or q.stride(1) >= q.stride(2):
+        out = q.new_empty((batch, num_heads, seqlen, head_dim_v), dtype=dtype)
+    else:
+        out = q.new_empty((batch, seqlen, num_heads, head_dim_v), dtype=dtype).transpose(1, 2)
     return out, q.new_empty(state, dtype=wide)
 
 
