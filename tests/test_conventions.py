@@ -54,7 +54,8 @@ def test_inputs_are_left_alone_and_outputs_fresh(case: OpCase, variant: str) -> 
             assert torch.equal(call[name], copy), name
         inputs = {call[name].untyped_storage().data_ptr() for name in copies}
         assert inputs.isdisjoint(output.untyped_storage().data_ptr() for output in outputs)
-        assert all(output.is_contiguous() for output in outputs)
+        for output in outputs:  # without gaps; rows may come in the order of q's
+            assert output.is_contiguous() or output.transpose(1, 2).is_contiguous()
 
 
 @pytest.mark.sanitize

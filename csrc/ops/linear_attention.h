@@ -117,8 +117,7 @@ std::tuple<Tensor, Tensor> linear_attention(const Tensor& q, const Tensor& k, co
   params.log_decay.data = data_of(decay);
   const OptionalTensor initial = contiguous(initial_state);
   params.initial_state = data_of(initial);
-  const Tensor out =
-      new_rows(q, v.size(3), wide_out ? state_type(params.dtype) : q.scalar_type());
+  const Tensor out = new_rows(q, v.size(3), wide_out ? state_type(params.dtype) : q.scalar_type());
   const Tensor final_state = torch::stable::new_empty(
       q, {params.seqs.num_seqs, params.num_q_heads, params.head_dim, params.state_dim()},
       state_type(params.dtype));
