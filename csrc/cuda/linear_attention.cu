@@ -45,7 +45,7 @@ class LinearAttention {
       pass.pairs = p_.reverse ? LinearPairs::kFromRow : LinearPairs::kUpToRow;
       pass.chunk_states = static_cast<float*>(p_.chunk_states);
       write_to_out(pass);
-      sweep(pass, initial_state(), static_cast<float*>(p_.final_state), p_.num_segments);
+      sweep(pass, initial_state(), static_cast<float*>(p_.final_state));
     } else if (p_.log_decay.data == nullptr) {
       without_decay();
     } else {
@@ -74,7 +74,8 @@ class LinearAttention {
 
   // 0: as many as there are places for blocks on the device; the lengths of sequences are there as
   // well, the axes bound them.
-  int64_t choose_segments(const LinearPass& pass, int64_t wanted) const {
+  int64_t choose_segments(const LinearPass& pass) const {
+    int64_t wanted = p_.num_segments;
     const int64_t length = pass.keys && !pass.beyond_keys ? p_.seqs.seqlen_k
                            : pass.keys ? std::max(p_.seqs.seqlen_q, p_.seqs.seqlen_k)
                                        : p_.seqs.seqlen_q;
@@ -88,8 +89,8 @@ class LinearAttention {
   }
 
   // One pass over the tokens. With segments, another one before it finds out where they start.
-  void sweep(LinearPass pass, const float* initial, float* final_state, int64_t segments) const {
-    pass.num_segments = pass.num_walked = choose_segments(pass, segments);
+  void sweep(LinearPass pass, const float* initial, float* final_state) const {
+    pass.num_segments = pass.num_walked = choose_segments(pass);
     pass.starts = initial;
     pass.final_state = final_state;
     if (pass.num_segments == 1) return launch_pass(pass);
@@ -142,7 +143,7 @@ class LinearAttention {
     }
     LinearPass keys = new_pass();
     keys.keys = true;
-    keys.num_segments = keys.num_walked = choose_segments(keys, 0);
+    keys.num_segments = keys.num_walked = choose_segments(keys);
     if (keys.num_segments == 1) {
       keys.starts = initial_state();
       keys.final_state = state;
@@ -156,7 +157,7 @@ class LinearAttention {
     }
     LinearPass rows = new_pass();
     write_to_out(rows);
-    rows.num_segments = rows.num_walked = choose_segments(rows, 0);
+    rows.num_segments = rows.num_walked = choose_segments(rows);
     rows.starts = state;
     launch_pass(rows);
   }
@@ -174,12 +175,12 @@ class LinearAttention {
     backward.out = {kept.as<float>(), p_.num_q_heads * p_.seqs.seqlen_q * p_.head_dim_v,
                     p_.seqs.seqlen_q * p_.head_dim_v, p_.head_dim_v};
     backward.sums = kept_sums.as<float>();
-    sweep(backward, nullptr, nullptr, 0);
+    sweep(backward, nullptr, nullptr);
     pass.pairs = LinearPairs::kAll;
     write_to_out(pass);
     pass.more = kept.as<float>();
     pass.more_sums = kept_sums.as<float>();
-    sweep(pass, initial_state(), static_cast<float*>(p_.final_state), 0);
+    sweep(pass, initial_state(), static_cast<float*>(p_.final_state));
   }
 
   // What no sequence owns is zero: rows that cu_seqlens leaves out, and chunks at the tail.

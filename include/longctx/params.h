@@ -275,7 +275,8 @@ struct LinearAttentionParams {
   bool wide_out = false;  // out is float (double for float64): accumulated rows, not rounded
   double scale = 1.0;
   double eps = 1e-6;
-  int64_t num_segments = 0;  // per sequence, causal only; 0: chosen from shape and thread count
+  // Per sequence; 0: chosen from shape and thread count. The CPU cuts causal sequences alone.
+  int64_t num_segments = 0;
   LONGCTX_HD int64_t state_dim() const { return head_dim_v + (normalize ? 1 : 0); }
 };
 

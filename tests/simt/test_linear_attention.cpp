@@ -91,6 +91,7 @@ TEST(linear_attention, all_keys) {
   LinearCase c = narrow();
   c.causal = false;
   c.normalize = true;
+  c.num_segments = 2;
   check_linear(c);
 }
 TEST(linear_attention, all_keys_per_token_wide) {
@@ -98,6 +99,7 @@ TEST(linear_attention, all_keys_per_token_wide) {
   c.causal = false;
   c.decay = Decay::kPerToken;
   c.wide_out = true;
+  c.num_segments = 2;
   check_linear(c);
 }
 TEST(linear_attention, all_keys_without_decay) {
@@ -105,6 +107,7 @@ TEST(linear_attention, all_keys_without_decay) {
   c.causal = false;
   c.decay = Decay::kNone;
   c.normalize = true;
+  c.num_segments = 2;
   check_linear(c);
 }
 TEST(linear_attention, more_queries_than_keys) {
@@ -112,6 +115,7 @@ TEST(linear_attention, more_queries_than_keys) {
   c.causal = false;
   c.seqlen_k = 70;
   c.normalize = true;
+  c.num_segments = 2;
   check_linear(c);
 }
 TEST(linear_attention, more_keys_than_queries) {

@@ -53,9 +53,10 @@ def linear_attention(
             `[.., head_dim_v + 1]` with `normalize`, whose last column is `z`; `None` is zero.
         cu_seqlens: int32 `[num_seqs + 1]`: sequences packed along the seqlen axis (`batch == 1`); empty
             sequences are legal.
-        num_segments: causal only: sequences are cut into so many segments that run in parallel. 1 is one
-            sweep; splitting a sequence on multiples of 64 tokens and passing the state on then gives the
-            same bits as one call. 0 lets shape and thread count choose, which agrees to rounding.
+        num_segments: sequences are cut into so many segments that run in parallel; on the CPU only where
+            `causal`. 1 is one sweep; splitting a sequence on multiples of 64 tokens and passing the state
+            on then gives the same bits as one call. 0 lets shape and thread or multiprocessor count choose,
+            which agrees to rounding.
         reverse: causal only: row `i` sees keys from `i` on, with the weight that row `j` has for key `i`
             forwards: the direction of gradients. Chunks stay counted from the first token.
         wide_out: `out` is in the dtype of the states, not rounded to q's.
