@@ -17,7 +17,7 @@ from torch import Tensor
 
 from longctx.ops._linear_decay_gradient import decay_gradient, inner_products
 
-MAX_SLICES = 4  # of heads, one after the other: bounds the float32 rows and the states behind a decay's gradient
+MAX_SLICES = 8  # of heads, one after the other: bounds the float32 rows and the states behind a decay's gradient
 
 
 class Needs(NamedTuple):
@@ -149,6 +149,9 @@ def _all_heads(
             keys, values = keys.repeat_interleave(group_size, dim=1), values.repeat_interleave(group_size, dim=1)
         before, after = (None if state is None else state[:, heads] for state in (initial_state, dfinal))
         rows = (q[:, heads], keys, values, dout[:, heads])
+        if needs.log_decay and q.dtype.itemsize == 2:
+            # A decay's gradient is a small difference, of which rounded states and weights leave too little.
+            rows = tuple(x.float() for x in rows)
         if sweep.causal:
             part = _causal(sweep.of_heads(heads), *rows, before, after, reverse, needs, wide=group_size > 1)
         else:
