@@ -151,7 +151,7 @@ def _all_heads(
         rows = (q[:, heads], keys, values, dout[:, heads])
         if needs.log_decay and q.dtype.itemsize == 2:
             # A decay's gradient is a small difference, of which rounded states and weights leave too little.
-            rows = tuple(x.float() for x in rows)
+            rows = (rows[0].float(), keys.float(), values.float(), rows[3].float())
         if sweep.causal:
             part = _causal(sweep.of_heads(heads), *rows, before, after, reverse, needs, wide=group_size > 1)
         else:
