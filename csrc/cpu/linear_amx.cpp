@@ -22,8 +22,8 @@ namespace {
 template <class In>
 struct AmxLinear {
   static constexpr int kNumParts = kParts<In>;
-  // Operands are made beside the products that do not need them yet: 13% of float32's time. One
-  // part leaves no room for it: bf16 was 3% slower.
+  // Operands are made beside the products that do not need them yet: in the cache float32 took 419
+  // ns a token and head instead of 481. One part leaves no room for it: bf16 was 1% to 6% slower.
   static constexpr bool kBeside = kNumParts > 1;
 
   static int64_t steps(const LinearShape& shape) { return (shape.head_dim + 31) / 32; }
