@@ -75,8 +75,8 @@ def linear_attention(
     exponents are sums of log decays, so nothing overflows. Deterministic for a fixed thread count.
     Gradients: of q, k, v, log_decay and initial_state through both outputs: three more sweeps like this one.
     That of log_decay (0 where it is above 0 or `exp(log_decay)` is 0) adds two sweeps of states, which take the
-    heads in up to eight slices: with that many at most `head_dim * head_dim_v * 4 / 64` bytes a token and head. Differentiable
-    again, but for the gradient of log_decay.
+    heads in up to eight slices: with that many at most `head_dim * head_dim_v * 4 / 64` bytes a token and head.
+    Differentiable again, but for the gradient of log_decay.
     Source: Qin et al., "Lightning Attention-2" (arXiv 2401.04658); Katharopoulos et al., "Transformers are
     RNNs" (arXiv 2006.16236); a decay per token: Dao and Gu, "Mamba-2" (arXiv 2405.21060).
 
