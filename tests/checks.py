@@ -13,10 +13,11 @@ from torch import Tensor
 
 import support_matrix
 import target
-from cases import CASES, Call
+from cases import CASES
 from longctx.reference._mask import listed_keys, visible_keys
 from longctx.reference.gather_attention import from_pages, selected_keys
 from longctx.testing import active_isa, error_ratio, unit_in_last_place
+from op_case import Call
 
 SEQUENCE_OPTIONS = ("cu_seqlens_q", "cu_seqlens_k", "seqused_k")
 MASK_OPTIONS = (

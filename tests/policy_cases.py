@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cases import int32, randn
 from longctx.prefill import (
     AShape,
     AttentionContext,
@@ -21,6 +20,7 @@ from longctx.prefill import (
     RandomBlocks,
     XAttention,
 )
+from op_case import int32, randn
 
 POLICIES: dict[str, Policy] = {
     "dense": Dense(),

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 import longctx
-from cases import DTYPES, Call, generator, int32, qkv, randn, random_ranges
 from checks import assert_equal_to_rounding, check_attention
 from longctx.testing import surround_with_nan
+from op_case import DTYPES, Call, generator, int32, qkv, randn
+from prefill_cases import random_ranges
 
 HEAD_DIMS = (1, 7, 64, 80, 96, 128, 192, 256, 300)
 # Around the sizes of a strip (32 queries), a key tile (32 keys) and a chunk (512 keys).

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from cases import CASES, INT32_MAX, INT64_MAX, Call, OpCase, generator
+from cases import CASES
 from checks import as_tuple, assert_same_bits
+from op_case import INT32_MAX, INT64_MAX, Call, OpCase, generator
 
 Change = tuple[str, str, Any]  # what is wrong, the argument, its new value
 

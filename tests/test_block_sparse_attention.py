@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 import longctx
-from cases import DTYPES, Call, int32, qkv, random_blocks
 from checks import assert_equal_to_rounding, check_attention
 from longctx.testing import block_list
+from op_case import DTYPES, Call, int32, qkv
+from prefill_cases import random_blocks
 from test_attention import random_call
 
 OP = "block_sparse_attention"

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import longctx
-from cases import int32
 from longctx.prefill import AttentionContext, BlockTopK, OracleBlocks, Policy, RandomBlocks, XAttention
 from longctx.prefill.controls import block_masses
+from op_case import int32
 from policy_cases import CALLS, Call, call
 
 

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 import longctx
-from cases import CASES, DTYPES, Call, OpCase, qkv, random_blocks
+from cases import CASES
 from checks import as_tuple, assert_equal_to_rounding, assert_same_bits, assert_same_result
 from longctx.testing import surround_with_nan
+from op_case import DTYPES, Call, OpCase, qkv
+from prefill_cases import random_blocks
 
 # Address space without memory behind it until a page is touched.
 UNTOUCHED = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000  # MAP_NORESERVE

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cases import randn
 from longctx.integrations.transformers import apply, stats
 from longctx.prefill import (
     AShape,
@@ -19,6 +18,7 @@ from longctx.prefill import (
     XAttention,
 )
 from longctx.prefill.cost import REASON, Lengths
+from op_case import randn
 from policy_cases import rope
 from transformers_models import tiny, tokens
 

@@ -12,11 +12,13 @@ import torch
 
 import longctx
 import target
-from cases import CASES, Call, OpCase, qkv, random_blocks
+from cases import CASES
 from checks import as_tuple, assert_same_bits, assert_same_result, check_attention
 from longctx.prefill import AttentionContext, LMInfinite
 from longctx.testing import force_cuda_path
+from op_case import Call, OpCase, qkv
 from policy_cases import CALLS, POLICIES, rope
+from prefill_cases import random_blocks
 
 on_cuda_kernels = pytest.mark.runs_on("cuda", "simt", reason="about the CUDA kernels: --device cuda or --simt")
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 import longctx
-from cases import randn
 from longctx.prefill import AttentionContext, FlexPrefill
 from longctx.prefill.flexprefill import jensen_shannon_distance, keep_mass
 from longctx.prefill.probe import normalized
+from op_case import randn
 from policy_cases import CALLS, Call, call
 
 Tiles = set[tuple[int, int]]

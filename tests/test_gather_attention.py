@@ -10,18 +10,9 @@ import torch
 from torch import Tensor
 
 import longctx
-from cases import (
-    DTYPES,
-    Call,
-    gathered,
-    gathered_all_options,
-    gathered_paged,
-    generator,
-    int32,
-    randn,
-    random_indices,
-)  # fmt: skip
 from checks import assert_equal_to_rounding, assert_same_bits, check_attention
+from op_case import DTYPES, Call, generator, int32, randn
+from topk_cases import gathered, gathered_all_options, gathered_paged, random_indices
 
 HEAD_DIMS = (1, 7, 64, 80, 128, 192, 300)
 # Around the sizes of a vector (16), a step (64 keys) and a list (512 keys).

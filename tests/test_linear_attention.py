@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 import longctx
-from cases import DTYPES, Call, int32, linear, qkv
 from checks import assert_same_bits, in_float64, record
+from linear_cases import linear
 from longctx import reference
+from op_case import DTYPES, Call, int32, qkv
 
 # Relative root mean square error against the recurrence in float64.
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-5, torch.float16: 1.5e-3, torch.bfloat16: 5e-3}

@@ -8,10 +8,11 @@ import pytest
 import torch
 
 import longctx
-from cases import DTYPES, Call, int32, linear, randn
 from checks import assert_same_bits, in_float64, record
+from linear_cases import linear
 from longctx import reference
 from longctx.testing import surround_with_nan
+from op_case import DTYPES, Call, int32, randn
 from test_linear_attention import HEAD_DIMS, TOLERANCE, relative_error
 
 

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 import longctx
-from cases import DTYPES, Call, int32, linear, qkv
 from checks import assert_same_bits, in_float64
+from linear_cases import linear
 from longctx import reference
 from longctx.testing import surround_with_nan
+from op_case import DTYPES, Call, int32, qkv
 from test_linear_attention import DECAYS, HEAD_DIMS, LENGTHS, TOLERANCE, check, relative_error
 
 

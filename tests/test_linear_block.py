@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cases import DTYPES
 from checks import assert_same_bits
 from longctx import linear
 from longctx.linear import LightningAttention, LightningState, TransNormerBlock
+from op_case import DTYPES
 from test_linear_attention import TOLERANCE, relative_error
 from test_linear_layers import HIDDEN, formula, inputs, layer_of, paths
 

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import sigmoid, silu
 
-from cases import DTYPES, randn
 from checks import assert_same_bits
 from longctx import linear, reference
 from longctx.linear import LRPE, SGLU, LightningAttention, LightningState, SimpleRMSNorm
+from op_case import DTYPES, randn
 from test_linear_attention import TOLERANCE, relative_error
 
 HIDDEN = 48

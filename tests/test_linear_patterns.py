@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 import longctx
-from cases import DTYPES, linear
 from checks import assert_same_bits, in_float64
+from linear_cases import linear
 from longctx import reference
+from op_case import DTYPES
 from test_linear_attention import TOLERANCE, relative_error
 
 SEQLEN = 150  # two chunks and a ragged one

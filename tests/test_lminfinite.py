@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from cases import int32, randn
 from longctx.prefill import AttentionContext, Dense, LMInfinite
 from longctx.prefill.lminfinite import rerotate
+from op_case import int32, randn
 from policy_cases import documents, left_padded, rope
 
 GLOBAL, WINDOW = 5, 24

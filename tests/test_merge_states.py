@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 import longctx
-from cases import CASES, DTYPES, MERGED_DTYPES, Call, overridden_states, qkv, randn, states
+from cases import CASES
 from checks import assert_accurate, assert_equal_to_rounding, in_float64, record, residuals
+from op_case import DTYPES, MERGED_DTYPES, Call, qkv, randn
+from prefill_cases import overridden_states, states
 
 
 def peer(out: Tensor, lse: Tensor, lse_override: Tensor | None = None) -> tuple[Tensor, Tensor]:

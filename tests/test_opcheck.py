@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import target
-from cases import CASES, Call, OpCase
+from cases import CASES
 from checks import as_tuple, assert_same_bits, record
+from op_case import Call, OpCase
 from test_conventions import for_every_call
 
 

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 import longctx
-from cases import DTYPES, int32, randn
 from longctx.prefill import (
     AShape,
     AttentionContext,
@@ -29,6 +28,7 @@ from longctx.prefill import (
 )
 from longctx.reference._mask import listed_keys, visible_keys
 from longctx.reference.attention import masked_attention
+from op_case import DTYPES, int32, randn
 from policy_cases import CALLS, FULL, POLICIES, Call, call, left_padded, rope
 
 SPARSE = [name for name in POLICIES if name != "dense"]

@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 
 import longctx
-from cases import SCORE_DTYPES, int32, randn
 from checks import assert_same_bits, record
 from longctx import reference
 from longctx.reference.threshold_select import logit_masses
+from op_case import int32, randn
 from test_topk_select import INF, NAN, ROWS
+from topk_cases import SCORE_DTYPES
 
 RULES = [
     *(("threshold", value) for value in (-INF, -1.0, -0.0, 0.0, 1e-41, 0.3, 1.7, INF)),

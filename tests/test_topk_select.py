@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 import longctx
-from cases import SCORE_DTYPES, generator, int32, randn
 from checks import assert_same_bits, record
 from longctx import reference
 from longctx.testing import surround_with_nan
+from op_case import generator, int32, randn
 from test_conventions import UNTOUCHED
+from topk_cases import SCORE_DTYPES
 
 INF, NAN = float("inf"), float("nan")
 SPECIALS = torch.tensor([NAN, -NAN, INF, -INF, 0.0, -0.0, 1e-40, -1e-40, 1.0, -1.0])

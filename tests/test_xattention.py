@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 import longctx
-from cases import randn
 from longctx.prefill import XAttention
+from op_case import randn
 from policy_cases import CALLS, call
 
 

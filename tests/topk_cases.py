@@ -1,0 +1,204 @@
+"""Valid calls of the top-k KV family, and what is illegal about their arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from op_case import (
+    EXTREME_OPTIONS,
+    ILLEGAL_OPTIONS,
+    INT32_MAX,
+    INT64_MAX,
+    Call,
+    Invalid,
+    OpCase,
+    generator,
+    int32,
+    qkv,
+    randn,
+)
+from prefill_cases import INVALID_SEQUENCES
+
+
+def score_rows(*shape: int, **options: Any) -> Callable[[torch.dtype], Call]:
+    """Rows of scores with ties and -inf."""
+
+    def build(dtype: torch.dtype) -> Call:
+        scores = (4 * randn(*shape, seed=70)).round() / 4
+        scores[..., 3::17] = -torch.inf
+        return {"scores": scores.to(dtype)} | options
+
+    return build
+
+
+def random_indices(*shape: int, num_blocks: int, seed: int) -> Tensor:
+    """int32 `shape`: in each row different blocks in any order, some of them -1."""
+    order = torch.rand(*shape[:-1], num_blocks, generator=generator(seed)).argsort(dim=-1)
+    indices = torch.nn.functional.pad(order, (0, max(0, shape[-1] - num_blocks)), value=-1)[..., : shape[-1]]
+    return indices.masked_fill(torch.rand(shape, generator=generator(seed + 1)) < 0.1, -1).int()
+
+
+def gathered(dtype: torch.dtype, *, index_heads: int = 2, num_entries: int = 20, block_size_k: int = 1,
+             seed: int = 0, **sizes: int) -> Call:  # fmt: skip
+    call = qkv(dtype, **({"seqlen_q": 3, "seed": seed} | sizes))
+    batch, _, seqlen_q, _ = call["q"].shape
+    blocks = -(-call["k"].shape[2] // block_size_k)
+    indices = random_indices(batch, index_heads, seqlen_q, num_entries, num_blocks=blocks, seed=seed + 7)
+    return call | {"indices": indices} | ({"block_size_k": block_size_k} if block_size_k > 1 else {})
+
+
+def gathered_paged(dtype: torch.dtype) -> Call:
+    """7 of 15 pages of 16 keys, in any order, no two batch entries the same; a bias, of some entries -inf."""
+    call = gathered(dtype, num_q_heads=6, num_kv_heads=3, index_heads=6, num_entries=40, head_dim_v=24, seed=80)
+    pages = qkv(dtype, batch=15, num_kv_heads=3, seqlen_k=16, head_dim_v=24, seed=81)
+    bias = randn(2, 6, 3, 40, seed=82)
+    bias[..., ::9] = -torch.inf
+    return call | {
+        "k": pages["k"],
+        "v": pages["v"],
+        "bias": bias,
+        "seqused_k": int32(75, 110),
+        "page_table": torch.randperm(15, generator=generator(83))[:14].view(2, 7).int(),
+        "num_last": 4,
+    }
+
+
+def gathered_all_options(dtype: torch.dtype) -> Call:
+    """A static cache of which blocks of 4 keys are read, and every token its own number of them."""
+    sizes = {"num_q_heads": 6, "num_kv_heads": 3, "head_dim_v": 24}
+    call = gathered(dtype, index_heads=3, num_entries=13, block_size_k=4, seed=70, **sizes)
+    return call | {
+        "counts": torch.randint(0, 14, (2, 3, 3), generator=generator(71), dtype=torch.int32),
+        "num_first": 3,
+        "num_last": 5,
+        "softmax_scale": 0.3,
+        "softcap": 3.0,
+        "seqused_k": int32(75, 41),
+    }
+
+
+def selected(argument: str, index: tuple[int, ...], value: int) -> Invalid:
+    """The all_options call of gather_attention with one element of `argument` replaced."""
+    call = gathered_all_options(torch.float32)
+    tensor = call[argument].clone()
+    tensor[index] = value
+    return Invalid("all_options", argument, tensor)
+
+
+SCORE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+ROW_CHANGES = frozenset(
+    f"{variant}: scores{change}"
+    for variant, dim in (("all_options", 3), ("one_row", 0))
+    for change in (f".size({dim})+1", f".size({dim})=0", " of dtype torch.bfloat16", " with one more dim")
+) - {"all_options: scores with one more dim"} | {"one_row: scores on another device"}
+
+INVALID_LENGTHS = {
+    "lengths past the scores": Invalid("all_options", "lengths", int32(*[51] * 24).view(2, 3, 4)),
+    "lengths negative": Invalid("all_options", "lengths", int32(*[-1] * 24).view(2, 3, 4)),
+}
+
+CASES = (
+    OpCase(
+        name="gather_attention",
+        calls={"plain": gathered, "all_options": gathered_all_options, "paged": gathered_paged},
+        illegal={name: ILLEGAL_OPTIONS[name] for name in ("softmax_scale", "softcap")}
+        | {
+            "block_size_k": (0, -16, 2**31, INT64_MAX),
+            "num_first": (-1, -INT64_MAX),
+            "num_last": (-1, -INT64_MAX),
+        },
+        extreme={name: EXTREME_OPTIONS[name] for name in ("softmax_scale", "softcap")}
+        | {
+            "block_size_k": (1, 7, 2**20),
+            "num_first": (INT32_MAX, INT64_MAX),
+            "num_last": (INT32_MAX, INT64_MAX),
+        },
+        legal_changes=frozenset(
+            {"paged: v.size(3)+1", "paged: page_table.size(1)+1", "paged: page_table.size(1)=0"}
+            | {f"all_options: {change}" for change in ("v.size(3)+1", "indices.size(3)+1", "indices.size(3)=0")}
+        ),
+        growing={"k": 2, "v": 2, "indices": 3},
+        invalid={why: INVALID_SEQUENCES[why] for why in ("seqused_k past the keys", "seqused_k negative")}
+        | {
+            "indices past the keys": selected("indices", (0, 0, 0, 0), 19),
+            "indices below -1": selected("indices", (0, 0, 0, 0), -2),
+            "indices twice": Invalid("all_options", "indices", torch.full((2, 3, 3, 13), 7, dtype=torch.int32)),
+            "page_table past the pages": Invalid("paged", "page_table", torch.full((2, 7), 15).int()),
+            "page_table negative": Invalid("paged", "page_table", torch.full((2, 7), -1).int()),
+            "counts negative": selected("counts", (0, 0, 0), -1),
+            "counts past the entries": selected("counts", (0, 0, 0), 14),
+        },
+        differentiable=("q", "k", "v"),
+        any_strides=frozenset({"counts"}),
+    ),
+    OpCase(
+        name="topk_select",
+        calls={
+            "plain": score_rows(2, 3, 5, 40, k=7),
+            "all_options": score_rows(
+                2,
+                3,
+                4,
+                50,
+                k=9,
+                lengths=int32(*(2 * (0, 1, 3, 5, 6, 9, 10, 33, 40, 48, 49, 50))).view(2, 3, 4),
+                num_first=2,
+                num_last=3,
+            ),
+            "one_row": score_rows(300, k=20, num_last=4),
+        },
+        illegal={
+            "k": (-1, 4, 2**31, INT64_MAX, -INT64_MAX),
+            "num_first": (-1, -INT64_MAX),
+            "num_last": (-1, -INT64_MAX),
+        },
+        extreme={"k": (5, 50, 1000), "num_first": (0, 6), "num_last": (0, 7)},
+        legal_changes=ROW_CHANGES,
+        growing={"scores": 3},
+        invalid=INVALID_LENGTHS,
+        any_strides=frozenset({"lengths"}),
+        dtypes=SCORE_DTYPES,
+    ),
+    OpCase(
+        name="threshold_select",
+        calls={
+            "plain": score_rows(2, 3, 5, 40, value=0.5, max_k=12),
+            "all_options": score_rows(
+                2,
+                3,
+                4,
+                50,
+                value=0.6,
+                method="cumulative",
+                max_k=11,
+                lengths=int32(*(2 * (0, 1, 3, 5, 6, 9, 10, 33, 40, 48, 49, 50))).view(2, 3, 4),
+                num_first=1,
+                num_last=2,
+            ),
+            "one_row": score_rows(300, value=-0.5, max_k=20, num_last=4),
+        },
+        illegal={
+            "value": (float("nan"),),
+            "method": ("top_k", ""),
+            "max_k": (-1, 2, 2**31, INT64_MAX, -INT64_MAX),
+            "num_first": (-1, -INT64_MAX),
+            "num_last": (-1, -INT64_MAX),
+        },
+        extreme={
+            "value": (0.0, 1.0, -1e30, 1e30, float("inf"), -float("inf")),
+            "max_k": (3, 50, 1000),
+            "num_first": (0, 9),
+            "num_last": (0, 10),
+        },
+        legal_changes=ROW_CHANGES,
+        growing={"scores": 3},
+        invalid=INVALID_LENGTHS,
+        any_strides=frozenset({"lengths"}),
+        dtypes=SCORE_DTYPES,
+    ),
+)
