@@ -24,8 +24,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 import target
 
 target.name = "cuda"  # before `cases` asks which dtypes a GPU takes
-from cases import CASES, Call, int32, linear, qkv, random_blocks  # noqa: E402
+from cases import CASES  # noqa: E402
 from checks import as_tuple, in_float64  # noqa: E402
+from linear_cases import linear  # noqa: E402
+from op_case import Call, int32, qkv  # noqa: E402
+from prefill_cases import random_blocks  # noqa: E402
 
 ALLOWED_RATIO = 4.0  # of the error to twice that of the CPU kernel and a unit in the last place
 HALF = (torch.bfloat16, torch.float16)

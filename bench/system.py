@@ -17,7 +17,7 @@ from longctx.benchmark import time_interleaved
 # what making the inputs took does not hide what the call takes.
 MEMORY_PROBE = """
 import re, sys, torch, longctx
-from longctx.benchmark.cases import random_block_list
+from longctx.benchmark.prefill_cases import random_block_list
 torch.set_num_threads(1)
 length, heads, dim, block = 131072, 8, 128, 128
 q, k, v = (torch.randn(1, heads, length, dim).bfloat16() for _ in range(3))

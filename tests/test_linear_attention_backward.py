@@ -17,7 +17,7 @@ import longctx
 from checks import assert_same_bits, in_float64, record
 from linear_cases import linear
 from longctx import reference
-from longctx.benchmark.cases import chunked_linear_attention
+from longctx.benchmark.linear_cases import chunked_linear_attention
 from longctx.testing import surround_with_nan
 from op_case import DTYPES, Call, int32, qkv, randn
 from test_linear_attention import DECAYS, relative_error

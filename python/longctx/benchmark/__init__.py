@@ -1,6 +1,7 @@
 """Measuring the ops: correct first, then ratios of interleaved runs beside what one would use instead."""
 
-from longctx.benchmark.cases import CASES, Case, Contenders
+from longctx.benchmark.case import Case, Contenders
+from longctx.benchmark.cases import CASES
 from longctx.benchmark.timing import Timing, matmul_ceiling, time_interleaved
 
 __all__ = ["CASES", "Case", "Contenders", "Timing", "matmul_ceiling", "time_interleaved"]

@@ -14,8 +14,8 @@ from torch import Tensor
 
 import longctx
 from longctx.benchmark import peers
-from longctx.benchmark.cases import chunked_linear_attention
 from longctx.benchmark.gpu_work import CHECKED_ROWS, GpuCase, Inputs, Run, Work, gpu_case, randn
+from longctx.benchmark.linear_cases import chunked_linear_attention
 from longctx.ops import LINEAR_CHUNK_SIZE
 
 # Relative root mean square error; peers may round more, but not compute something else.

@@ -11,7 +11,7 @@ from transformers import MiniMaxConfig
 from transformers.models.minimax.modeling_minimax import MiniMaxLightningAttention
 
 from longctx import reference
-from longctx.benchmark.cases import Contenders
+from longctx.benchmark.case import Contenders
 from longctx.integrations.transformers import minimax
 
 HEADS, HEAD_DIM = 16, 128  # a quarter of MiniMax-01's heads

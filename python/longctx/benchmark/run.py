@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 import longctx
-from longctx.benchmark.cases import CASES, Case
+from longctx.benchmark.case import Case
+from longctx.benchmark.cases import CASES
 from longctx.benchmark.gpu_cases import CASES as GPU_CASES
 from longctx.benchmark.timing import matmul_ceiling, time_interleaved
 
