@@ -47,8 +47,9 @@ STABLE_TORCH_LIBRARY(longctx, m) {
   define(m,
          "gather_attention(Tensor q, Tensor k, Tensor v, Tensor indices, Tensor? counts=None, "
          "int block_size_k=1, int num_first=0, int num_last=0, Tensor? bias=None, "
-         "Tensor? seqused_k=None, Tensor? page_table=None, float? softmax_scale=None, float "
-         "softcap=0.0) -> (Tensor, Tensor)");
+         "Tensor? k_positions=None, int k_position_step=1, Tensor? q_positions=None, "
+         "Tensor? rope_cos_sin=None, Tensor? seqused_k=None, Tensor? page_table=None, "
+         "float? softmax_scale=None, float softcap=0.0) -> (Tensor, Tensor)");
   define(m,
          "linear_attention(Tensor q, Tensor k, Tensor v, Tensor? log_decay=None, "
          "Tensor? initial_state=None, Tensor? cu_seqlens=None, float scale=1.0, bool causal=True, "

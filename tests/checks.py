@@ -15,7 +15,7 @@ import support_matrix
 import target
 from cases import CASES
 from longctx.reference._mask import listed_keys, visible_keys
-from longctx.reference.gather_attention import from_pages, selected_keys
+from longctx.reference.gather_attention import Selection, from_pages, rotated, selected_keys, token_positions
 from longctx.testing import active_isa, error_ratio, unit_in_last_place
 from op_case import Call
 
@@ -57,12 +57,34 @@ def in_float64(call: Call) -> Call:
     }
 
 
-def added_scores(call: Call) -> Tensor:
-    """What a gather_attention call adds to its scores: bias where a key is selected, else -inf."""
-    options = {"counts": None, "block_size_k": 1, "num_first": 0, "num_last": 0, "seqused_k": None, "bias": None}
+def selection(call: Call) -> Selection:
+    """What a gather_attention call adds to its scores, and where its keys stand."""
+    options = {"block_size_k": 1, "num_first": 0, "num_last": 0, "k_position_step": 1}
+    options |= dict.fromkeys(("counts", "bias", "k_positions", "q_positions", "seqused_k"))
     options |= pick(call, tuple(options))
+    options["num_positions"] = None if call.get("rope_cos_sin") is None else len(call["rope_cos_sin"])
     sizes = {"num_q_heads": call["q"].shape[1], "seqlen_k": call["k"].shape[2]}
     return selected_keys(call["indices"], **sizes, **options)
+
+
+def added_scores(call: Call) -> Tensor:
+    """Bias where a key is selected, else -inf."""
+    return call["added"] if "added" in call else selection(call).added
+
+
+def rotated_rows(call: Call, dtype: torch.dtype) -> Call:
+    """The call with q and k rotated in `dtype` beforehand, each row of q a batch entry."""
+    q, k, v = (call[name].to(dtype) for name in ("q", "k", "v"))
+    added, positions = selection(call)
+    batch, heads, seqlen_q, seqlen_k = added.shape
+    rows, table = batch * heads * seqlen_q, call["rope_cos_sin"]
+    stands_at = token_positions(batch, seqlen_q, seqlen_k, call.get("q_positions"), call.get("seqused_k"))
+    q = rotated(q, stands_at[:, None].expand(q.shape[:3]), table)
+    k, v = (t.repeat_interleave(heads // t.shape[1], dim=1)[:, :, None] for t in (k, v))
+    k = rotated(k.expand(*positions.shape, -1), positions, table)
+    v = v.expand(*positions.shape, -1)
+    keys = {"k": k.reshape(rows, 1, seqlen_k, -1), "v": v.reshape(rows, 1, seqlen_k, -1)}
+    return call | keys | {"q": q.reshape(rows, 1, 1, -1), "added": added.view(rows, 1, 1, seqlen_k)}
 
 
 def unpaged(call: Call) -> Call:
@@ -157,13 +179,20 @@ def check_attention(op: str, call: Call, **keywords: Any) -> tuple[Tensor, Tenso
     call = call | keywords
     case = CASES[op]
     out, lse = case.op(**call)
-    exact = exact_out, exact_lse = case.twin(**in_float64(call))
+    exact_out, exact_lse = case.twin(**in_float64(call))
     assert out.dtype == call["q"].dtype
     assert lse.dtype == torch.promote_types(out.dtype, torch.float32)
-    call = unpaged(call)
+    record(op, out.dtype, call["q"].shape[3])
+    wide = call = unpaged(call)
+    returned = out, lse
+    if call.get("rope_cos_sin") is not None:
+        out, lse, exact_out, exact_lse = (
+            t.reshape(lse.numel(), 1, 1, *t.shape[3:]) for t in (out, lse, exact_out, exact_lse)
+        )
+        call, wide = rotated_rows(call, out.dtype), rotated_rows(call, torch.float64)
     mask = mask_of(call).expand(*lse.shape, call["k"].shape[2])
     peers_out, peers_lse = zip(*peers_of(call, mask), strict=True)
-    missed_out, missed_lse = residuals(extended_attention(call, mask), exact)
+    missed_out, missed_lse = residuals(extended_attention(wide, mask), (exact_out, exact_lse))
     assert_accurate("out", out, exact_out, *peers_out, residual=missed_out)
 
     empty = torch.isneginf(exact_lse)
@@ -171,8 +200,7 @@ def check_attention(op: str, call: Call, **keywords: Any) -> tuple[Tensor, Tenso
     assert not out[empty].any(), "a row that sees no key gives 0"
     seen = [tensor[~empty] for tensor in (lse, exact_lse, *peers_lse)]
     assert_accurate("lse", *seen, residual=missed_lse[~empty])
-    record(op, out.dtype, call["q"].shape[3])
-    return out, lse
+    return returned
 
 
 def assert_accurate(name: str, actual: Tensor, exact: Tensor, *peers: Tensor, residual: Tensor | None = None) -> None:

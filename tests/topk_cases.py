@@ -81,6 +81,33 @@ def gathered_all_options(dtype: torch.dtype) -> Call:
     }
 
 
+def rope_table(num_positions: int, rotary_dim: int) -> Tensor:
+    """float32 [num_positions, 2, rotary_dim / 2]: cosines and sines."""
+    frequencies = 1e4 ** -(torch.arange(0, rotary_dim, 2, dtype=torch.float64) / rotary_dim)
+    angles = torch.arange(num_positions)[:, None] * frequencies
+    return torch.stack([angles.cos(), angles.sin()], dim=1).float()
+
+
+def gathered_roped(dtype: torch.dtype) -> Call:
+    """Blocks of 4 keys at positions of their own, the last ones and the tokens at their own end of the table."""
+    call = gathered(dtype, index_heads=2, num_entries=13, block_size_k=4, head_dim=40, seed=90)
+    return call | {
+        "num_first": 3,
+        "num_last": 5,
+        "k_positions": torch.randint(0, 60, (2, 2, 3, 13), generator=generator(91), dtype=torch.int32),
+        "q_positions": int32((61, 62, 63), (8, 30, 31)),
+        "rope_cos_sin": rope_table(64, 32),
+    }
+
+
+def placed(argument: str, value: int) -> Invalid:
+    """The roped call with the first element of `argument` replaced; its first entry lists a block."""
+    call = gathered_roped(torch.float32)
+    tensor = call[argument].clone()
+    tensor.view(-1)[int(call["indices"].flatten().argmax()) if argument == "k_positions" else 0] = value
+    return Invalid("roped", argument, tensor)
+
+
 def selected(argument: str, index: tuple[int, ...], value: int) -> Invalid:
     """The all_options call of gather_attention with one element of `argument` replaced."""
     call = gathered_all_options(torch.float32)
@@ -105,12 +132,18 @@ INVALID_LENGTHS = {
 CASES = (
     OpCase(
         name="gather_attention",
-        calls={"plain": gathered, "all_options": gathered_all_options, "paged": gathered_paged},
+        calls={
+            "plain": gathered,
+            "all_options": gathered_all_options,
+            "paged": gathered_paged,
+            "roped": gathered_roped,
+        },
         illegal={name: ILLEGAL_OPTIONS[name] for name in ("softmax_scale", "softcap")}
         | {
             "block_size_k": (0, -16, 2**31, INT64_MAX),
             "num_first": (-1, -INT64_MAX),
             "num_last": (-1, -INT64_MAX),
+            "k_position_step": (-1, 2, INT64_MAX),
         },
         extreme={name: EXTREME_OPTIONS[name] for name in ("softmax_scale", "softcap")}
         | {
@@ -121,6 +154,8 @@ CASES = (
         legal_changes=frozenset(
             {"paged: v.size(3)+1", "paged: page_table.size(1)+1", "paged: page_table.size(1)=0"}
             | {f"all_options: {change}" for change in ("v.size(3)+1", "indices.size(3)+1", "indices.size(3)=0")}
+            | {"roped: v.size(3)+1", "roped: rope_cos_sin.size(0)+1", "roped: rope_cos_sin.size(0)=0"}
+            | {"roped: rope_cos_sin.size(2)+1", "roped: k.size(2)+1", "roped: k.size(2)=0"}
         ),
         growing={"k": 2, "v": 2, "indices": 3},
         invalid={why: INVALID_SEQUENCES[why] for why in ("seqused_k past the keys", "seqused_k negative")}
@@ -132,9 +167,14 @@ CASES = (
             "page_table negative": Invalid("paged", "page_table", torch.full((2, 7), -1).int()),
             "counts negative": selected("counts", (0, 0, 0), -1),
             "counts past the entries": selected("counts", (0, 0, 0), 14),
+            "k_positions negative": placed("k_positions", -1),
+            "k_positions past the table": placed("k_positions", 63),
+            "q_positions negative": placed("q_positions", -1),
+            "q_positions past the table": placed("q_positions", 64),
+            "rope_cos_sin too short": Invalid("plain", "rope_cos_sin", rope_table(74, 16)),
         },
         differentiable=("q", "k", "v"),
-        any_strides=frozenset({"counts"}),
+        any_strides=frozenset({"counts", "q_positions"}),
     ),
     OpCase(
         name="topk_select",

@@ -22,7 +22,8 @@ struct FewRowsShape {
   int64_t head_dim = 0;
   int64_t head_dim_v = 0;
   double softmax_scale = 1.0;
-  double softcap = 0.0;  // <= 0: none
+  double softcap = 0.0;    // <= 0: none
+  int64_t rotary_dim = 0;  // > 0: queries and keys are rotated (longctx/params.h, RopeParams)
 };
 
 // Keys that all rows of a call see. Only the first `count` entries are set.
@@ -30,6 +31,7 @@ struct KeyList {
   int64_t count = 0;
   const void* k_rows[kListKeys];  // -> [head_dim]
   const void* v_rows[kListKeys];  // -> [head_dim_v]
+  const float* rope[kListKeys];   // -> [2, rotary_dim / 2] of the key's position; with a rotary_dim
   bool has_bias = false;
   float bias[kListKeys];  // added to the scores
 };
@@ -53,9 +55,9 @@ struct FewRowsEngine {
   int64_t (*state_bytes)(const FewRowsShape&, int64_t num_rows);
   int64_t (*work_bytes)(const FewRowsShape&, int64_t num_rows);
 
-  // rows[r] -> [head_dim].
-  void (*pack_queries)(const FewRowsShape&, const void* const* rows, int64_t num_rows,
-                       void* queries);
+  // rows[r] -> [head_dim]; rope[r] -> [2, rotary_dim / 2], or null: not rotated.
+  void (*pack_queries)(const FewRowsShape&, const void* const* rows, const float* const* rope,
+                       int64_t num_rows, void* queries);
   void (*reset)(const FewRowsShape&, int64_t num_rows, void* state);
   // s = q k^T + bias, online softmax, acc += p v. `next` (or null) is the list of the next call:
   // its first rows of K are prefetched.

@@ -43,6 +43,7 @@ inline int64_t choose_segments(int64_t num_keys, int64_t num_units) {
 //   Keys keys(unit, segment): segments from num_segments on are the own keys of their tokens;
 //   bool Keys::next(KeyList*): the next keys; false when none is left;
 //   const void* query(unit, row);
+//   const float* query_rope(unit, row): of the row's position; null: not rotated;
 //   Output output(unit, row).
 struct FewRowsOutput {
   void* out;          // [head_dim_v]
@@ -57,7 +58,12 @@ class FewRowsWorker {
 
   FewRowsWorker(const FewRowsEngine& engine, const FewRowsJob& job, const Source& source,
                 char* partials)
-      : engine_(engine), job_(job), source_(source), partials_(partials), rows_(job.num_rows()) {
+      : engine_(engine),
+        job_(job),
+        source_(source),
+        partials_(partials),
+        rows_(job.num_rows()),
+        rope_(job.num_rows()) {
     ScratchPlan plan;
     const size_t queries = plan.add<char>(engine.query_bytes(job.shape, job.num_rows()));
     const size_t state = plan.add<char>(engine.state_bytes(job.shape, job.num_rows()));
@@ -91,8 +97,9 @@ class FewRowsWorker {
     const int64_t num_rows = token < 0 ? job_.num_rows() : job_.heads;
     for (int64_t r = 0; r < num_rows; ++r) {
       rows_[r] = const_cast<void*>(source_.query(unit, first_row + r));
+      rope_[r] = source_.query_rope(unit, first_row + r);
     }
-    engine_.pack_queries(job_.shape, rows_.data(), num_rows, queries_);
+    engine_.pack_queries(job_.shape, rows_.data(), rope_.data(), num_rows, queries_);
     engine_.reset(job_.shape, num_rows, state_);
     for (bool more = list_->count > 0; more;) {
       more = keys_.next(ahead_list_);
@@ -152,7 +159,8 @@ class FewRowsWorker {
   const FewRowsJob& job_;
   const Source& source_;
   char* partials_;
-  std::vector<void*> rows_;  // [num_rows]
+  std::vector<void*> rows_;         // [num_rows]
+  std::vector<const float*> rope_;  // [num_rows]
   const FlushSubnormals flush_;
   char *queries_, *state_, *work_;
   KeyList *list_, *ahead_list_;

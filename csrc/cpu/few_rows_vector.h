@@ -107,17 +107,15 @@ struct VectorFewRows {
     return sizeof(T) * kStepKeys * (4 + round_up(shape.head_dim) + round_up(shape.head_dim_v));
   }
 
-  static void pack_queries(const FewRowsShape& shape, const void* const* rows, int64_t num_rows,
-                           void* queries) {
+  static void pack_queries(const FewRowsShape& shape, const void* const* rows,
+                           const float* const* rope, int64_t num_rows, void* queries) {
     T* q = static_cast<T*>(queries);
     const int64_t columns = round_up(shape.head_dim);
     for (int64_t r = 0; r < padded_rows(num_rows); ++r, q += columns) {
       for (int64_t d = 0; d < columns; ++d) q[d] = 0;
       if (r >= num_rows) continue;
-      const In* row = static_cast<const In*>(rows[r]);
-      for (int64_t d = 0; d < shape.head_dim; ++d) {
-        q[d] = widen(row[d]) * static_cast<T>(shape.softmax_scale);
-      }
+      widen_rotated(static_cast<const In*>(rows[r]), rope[r], shape, q);
+      for (int64_t d = 0; d < shape.head_dim; ++d) q[d] *= static_cast<T>(shape.softmax_scale);
     }
   }
 
@@ -151,11 +149,15 @@ struct VectorFewRows {
       const Step step{num_rows, count, static_cast<const T*>(queries), s, state};
       const void* const* k_rows = list.k_rows + first;
       const void* const* v_rows = list.v_rows + first;
-      const bool k_in_place = shape.head_dim % kLanes == 0;
+      const bool k_in_place = shape.head_dim % kLanes == 0 && shape.rotary_dim == 0;
       const bool v_in_place = shape.head_dim_v % kLanes == 0;
       const T* wide_k_rows[kStepKeys];
       const T* wide_v_rows[kStepKeys];
-      if (!k_in_place) pack(k_rows, count, shape.head_dim, wide_k, wide_k_rows);
+      if (shape.rotary_dim > 0) {
+        rotate(k_rows, list.rope + first, count, shape, wide_k, wide_k_rows);
+      } else if (!k_in_place) {
+        pack(k_rows, count, shape.head_dim, wide_k, wide_k_rows);
+      }
       if (!v_in_place) pack(v_rows, count, shape.head_dim_v, wide_v, wide_v_rows);
       with_rows(num_rows, [&](auto rows) {
         constexpr int kRows = decltype(rows)::value;
@@ -263,6 +265,36 @@ struct VectorFewRows {
       for (int64_t d = dim; d < columns; ++d) wide[d] = 0;
       wide_rows[i] = wide;
     }
+  }
+
+  // The same for rows of K, rotated.
+  static void rotate(const void* const* rows, const float* const* rope, int64_t count,
+                     const FewRowsShape& shape, T* wide, const T** wide_rows) {
+    const int64_t columns = round_up(shape.head_dim);
+    for (int64_t i = 0; i < count; ++i, wide += columns) {
+      widen_rotated(static_cast<const In*>(rows[i]), rope[i], shape, wide);
+      for (int64_t d = shape.head_dim; d < columns; ++d) wide[d] = 0;
+      wide_rows[i] = wide;
+    }
+  }
+
+  // angles: [2, rotary_dim / 2] cosines and sines, or null: not rotated.
+  static void widen_rotated(const In* row, const float* angles, const FewRowsShape& shape, T* to) {
+    const int64_t rotary = angles == nullptr ? 0 : shape.rotary_dim, half = rotary / 2;
+    int64_t d = 0;
+    for (; d + kLanes <= half; d += kLanes) {
+      const V cos = V::load(angles + d), sin = V::load(angles + half + d);
+      const V a = V::load(row + d), b = V::load(row + half + d);
+      (a * cos - b * sin).store(to + d);
+      (b * cos + a * sin).store(to + half + d);
+    }
+    for (; d < half; ++d) {
+      const T cos = angles[d], sin = angles[half + d];
+      const T a = widen(row[d]), b = widen(row[half + d]);
+      to[d] = a * cos - b * sin;
+      to[half + d] = b * cos + a * sin;
+    }
+    for (d = rotary; d < shape.head_dim; ++d) to[d] = widen(row[d]);
   }
 
   // Sums each x[i] over its lanes into lane i: a round halves the vectors, and each leaves the bit

@@ -25,14 +25,54 @@ RowsView<T> rows_of(const Tensor& tensor) {
   return {tensor.const_data_ptr<T>(), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
 }
 
+inline RopeParams rope_params(const Checker& check, const Tensor& q, const Tensor& indices,
+                              const OptionalTensor& k_positions, int64_t k_position_step,
+                              const OptionalTensor& q_positions,
+                              const OptionalTensor& rope_cos_sin) {
+  RopeParams rope;
+  if (!rope_cos_sin) {
+    check.require(!k_positions && !q_positions, "rope_cos_sin", "be given with positions", "None");
+  } else {
+    check.same_device("rope_cos_sin", *rope_cos_sin, q);
+    check.dtype("rope_cos_sin", *rope_cos_sin, ScalarType::Float);
+    check.shape("rope_cos_sin", *rope_cos_sin, "[max_positions, 2, rotary_dim / 2]",
+                {kAnySize, 2, kAnySize});
+    check.contiguous("rope_cos_sin", *rope_cos_sin);
+    rope.cos_sin = rope_cos_sin->const_data_ptr<float>();
+    rope.max_positions = rope_cos_sin->size(0);
+    rope.rotary_dim = 2 * rope_cos_sin->size(2);
+    check.require(rope.rotary_dim >= 2 && rope.rotary_dim <= q.size(3), "rope_cos_sin",
+                  "have a rotary_dim from 2 to head_dim", rope.rotary_dim);
+  }
+  if (k_positions) {
+    check.same_device("k_positions", *k_positions, q);
+    check.dtype("k_positions", *k_positions, ScalarType::Int);
+    check.shape("k_positions", *k_positions, "[batch, heads, seqlen_q, num_entries] of `indices`",
+                {indices.size(0), indices.size(1), indices.size(2), indices.size(3)});
+    check.contiguous_last_dim("k_positions", *k_positions);
+    rope.k_positions = rows_of<int32_t>(*k_positions);
+  }
+  check.require(k_position_step == 0 || k_position_step == 1, "k_position_step", "be 0 or 1",
+                k_position_step);
+  rope.k_position_step = k_position_step;
+  if (q_positions) {
+    check.same_device("q_positions", *q_positions, q);
+    check.dtype("q_positions", *q_positions, ScalarType::Int);
+    check.shape("q_positions", *q_positions, "[batch, seqlen_q]", {q.size(0), q.size(2)});
+    rope.q_positions = {q_positions->const_data_ptr<int32_t>(), q_positions->stride(0), 0,
+                        q_positions->stride(1)};
+  }
+  return rope;
+}
+
 template <void (*run)(const GatherAttentionParams&)>
-std::tuple<Tensor, Tensor> gather_attention(const Tensor& q, const Tensor& k, const Tensor& v,
-                                            const Tensor& indices, const OptionalTensor& counts,
-                                            int64_t block_size_k, int64_t num_first,
-                                            int64_t num_last, const OptionalTensor& bias,
-                                            const OptionalTensor& seqused_k,
-                                            const OptionalTensor& page_table,
-                                            std::optional<double> softmax_scale, double softcap) {
+std::tuple<Tensor, Tensor> gather_attention(
+    const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& indices,
+    const OptionalTensor& counts, int64_t block_size_k, int64_t num_first, int64_t num_last,
+    const OptionalTensor& bias, const OptionalTensor& k_positions, int64_t k_position_step,
+    const OptionalTensor& q_positions, const OptionalTensor& rope_cos_sin,
+    const OptionalTensor& seqused_k, const OptionalTensor& page_table,
+    std::optional<double> softmax_scale, double softcap) {
   const Checker check("gather_attention");
   GatherAttentionParams params;
   const bool in_pages = page_table.has_value();
@@ -77,6 +117,8 @@ std::tuple<Tensor, Tensor> gather_attention(const Tensor& q, const Tensor& k, co
     check.contiguous_last_dim("bias", *bias);
     params.bias = rows_of<float>(*bias);
   }
+  params.rope =
+      rope_params(check, q, indices, k_positions, k_position_step, q_positions, rope_cos_sin);
   constexpr int64_t kMaxBlock = int64_t{1} << 20;
   check.require(block_size_k >= 1 && block_size_k <= kMaxBlock, "block_size_k", "be in [1, 2^20]",
                 block_size_k);

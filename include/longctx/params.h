@@ -84,7 +84,7 @@ struct RowsView {
   int64_t batch_stride = 0;
   int64_t head_stride = 0;
   int64_t row_stride = 0;
-  const T* row(int64_t batch, int64_t head, int64_t row) const {
+  LONGCTX_HD const T* row(int64_t batch, int64_t head, int64_t row) const {
     return data + batch * batch_stride + head * head_stride + row * row_stride;
   }
 };
@@ -98,8 +98,24 @@ struct PagesParams {
   int64_t page_size = 0;
 };
 
+// Rotary embedding at positions that a call chooses: dims d and d + rotary_dim / 2 of a row turn
+// together, by angle d of its position.
+struct RopeParams {
+  const float* cos_sin = nullptr;  // [max_positions, 2, rotary_dim / 2], contiguous; null: none
+  int64_t max_positions = 0;
+  int64_t rotary_dim = 0;
+  RowsView<int32_t> k_positions;  // like indices: of an entry's first key; null: its index
+  int64_t k_position_step = 1;    // from key to key of an entry: 0 or 1
+  RowsView<int32_t> q_positions;  // [batch, 1, seqlen_q]; null: the token's place among the keys
+  // Null where the table has no such position.
+  LONGCTX_HD const float* row(int64_t position) const {
+    return position < 0 || position >= max_positions ? nullptr : cos_sin + position * rotary_dim;
+  }
+};
+
 // Attention of each query token over its own set of keys: the listed ones and those that are
-// forced.
+// forced. With rope, the first keys stand at their indices, the last ones as far before the token's
+// position as before its place.
 struct GatherAttentionParams {
   DType dtype = DType::kFloat32;
   SequenceParams seqs;
@@ -112,6 +128,7 @@ struct GatherAttentionParams {
   RowsView<int32_t> indices;  // [batch, index_heads, seqlen_q, num_entries]: blocks of keys
   RowsView<float> bias;       // like indices: added to the scores of an entry's keys; null: none
   RowsView<int32_t> counts;   // [batch, index_heads, seqlen_q]: entries that count; null: all
+  RopeParams rope;
   int64_t num_entries = 0;
   int64_t index_heads = 1;   // 1, num_kv_heads or num_q_heads
   int64_t block_size_k = 1;  // keys of an entry

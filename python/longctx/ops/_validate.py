@@ -126,6 +126,39 @@ def selection(op: str, indices: Tensor, counts: Tensor | None, num_blocks: int) 
     _require(~twice.any(), op, "indices", "list no entry of a row twice", "a row that does")
 
 
+def positions(
+    op: str, lengths: Tensor, k_positions: Tensor | None, q_positions: Tensor | None, num_positions: int
+) -> None:
+    """A table of `num_positions` has every token's position and, where keys stand at their indices, every key's."""
+    if q_positions is None or k_positions is None:
+        _require(
+            _high(lengths) <= num_positions, op, "rope_cos_sin", f"have {_high(lengths)} positions", str(num_positions)
+        )
+    if q_positions is not None and q_positions.numel():
+        low, high = _low(q_positions), _high(q_positions)
+        inside = low >= 0 and high < num_positions
+        _require(inside, op, "q_positions", f"be in [0, {num_positions})", f"[{low}, {high}]")
+
+
+def keys_of_entries(indices: Tensor, counts: Tensor | None, lengths: Tensor, block_size_k: int) -> Tensor:
+    """Like `indices`: how many keys of `lengths [batch]` an entry lists."""
+    begin = indices.long() * block_size_k
+    keys = (lengths.long()[:, None, None, None] - begin).clamp(0, block_size_k).masked_fill(indices < 0, 0)
+    if counts is not None:
+        keys[torch.arange(indices.shape[3], device=indices.device) >= counts[..., None]] = 0
+    return keys
+
+
+def key_positions(op: str, k_positions: Tensor | None, keys: Tensor, step: int, num_positions: int) -> None:
+    """The `keys` of each entry stand at positions of the table."""
+    if k_positions is None or not (keys > 0).any():
+        return
+    first = k_positions.long()[keys > 0]
+    low, high = _low(first), _high(first + step * (keys[keys > 0] - 1))
+    inside = low >= 0 and high < num_positions
+    _require(inside, op, "k_positions", f"keep keys in [0, {num_positions})", f"[{low}, {high}]")
+
+
 def pages(op: str, page_table: Tensor | None, seqused_k: Tensor | None, k: Tensor) -> None:
     """The pages that `seqused_k` keys take are pages of `k`."""
     if page_table is None or seqused_k is None:

@@ -21,6 +21,10 @@ def gather_attention(
     num_first: int = 0,
     num_last: int = 0,
     bias: Tensor | None = None,
+    k_positions: Tensor | None = None,
+    k_position_step: int = 1,
+    q_positions: Tensor | None = None,
+    rope_cos_sin: Tensor | None = None,
     seqused_k: Tensor | None = None,
     page_table: Tensor | None = None,
     softmax_scale: float | None = None,
@@ -50,13 +54,25 @@ def gather_attention(
             set, once even if listed.
         bias: float32 like `indices`: added to the scores (after the softcap) of the keys of an entry; -inf
             leaves the entry out. Keys that `num_first` and `num_last` add have none.
+        rope_cos_sin: float32 `[max_positions, 2, rotary_dim / 2]`, contiguous, `2 <= rotary_dim <= head_dim`: cosines
+            and sines of the angles at each position. q and k are then given without a rotary embedding and
+            rotated here, in float32: dims `d` and `d + rotary_dim / 2` turn together (the halves of Llama),
+            dims from `rotary_dim` on are left alone. Keys, and tokens, at positions that the table does not
+            have are skipped.
+        k_positions: int32 like `indices`: where the first key of an entry stands, so that selected keys may move
+            closer together. `None`: at its index in the sequence. A key that `num_first` adds stands at its
+            index, one that `num_last` adds as far before the token's position as it lies before the token
+            (list keys that should stand elsewhere as entries).
+        k_position_step: 1: the next keys of an entry stand at the next positions; 0: all stand at the entry's.
+        q_positions: int32 `[batch, seqlen_q]`: where each token stands. `None`: at its index, as for keys. Decides
+            nothing about which keys a token may see.
         seqused_k: int32 `[batch]`: keys at or beyond it do not exist; positions use it as seqlen_k.
         page_table: int32 `[batch, max_pages]`: key `j` of entry `b` is row `j % page_size` of page
             `page_table[b, j // page_size]`; k and v are then `[num_pages, num_kv_heads, page_size, ..]`.
             Needs `seqused_k`. Keys of pages that do not exist are skipped.
         softmax_scale: factor on `q . k`; `None` means `head_dim ** -0.5`.
         softcap: `> 0` turns the scaled score `s` into `softcap * tanh(s / softcap)`.
-        validate: also check the values of indices, counts and seqused_k (reads them).
+        validate: also check the values of index tensors and positions (reads them).
 
     Returns:
         `out [batch, num_q_heads, seqlen_q, head_dim_v]` in q's dtype, and `lse [batch, num_q_heads,
@@ -67,9 +83,12 @@ def gather_attention(
 
     Cost: `2 * (head_dim + head_dim_v)` FLOPs per query head, token and selected key; every selected row of K
     and V is read once per kv head and token: bound by memory. Deterministic: the same bits on any number of
-    threads. CPU only so far. Gradients: none yet (raises NotImplementedError).
+    threads. A rotary embedding adds 3 FLOPs per dim of a selected key and the row of the table that it reads.
+    CPU only so far. Gradients: none yet (raises NotImplementedError).
     Source: the gather step of Quest (arXiv 2406.10774), TidalDecode (arXiv 2410.05076), InfLLM (arXiv
-    2402.04617) and others; a bias as in MagicPIG (arXiv 2410.16179); the parts join as in FlashDecoding.
+    2402.04617) and others; a bias as in MagicPIG (arXiv 2410.16179); positions as in StreamingLLM
+    (arXiv 2309.17453), LongHeads (arXiv 2402.10685) and Landmark Attention (arXiv 2305.16300); the parts join
+    as in FlashDecoding.
 
     Example:
         >>> import torch, longctx
@@ -86,6 +105,12 @@ def gather_attention(
         _validate.lengths("gather_attention", "seqused_k", seqused_k, seqlen_k)
         _validate.pages("gather_attention", page_table, seqused_k, k)
         _validate.selection("gather_attention", indices, counts, -(-seqlen_k // block_size_k))
+        if rope_cos_sin is not None:
+            used = k.new_full((k.shape[0],), seqlen_k, dtype=torch.int32) if seqused_k is None else seqused_k
+            num_positions = rope_cos_sin.shape[0]
+            _validate.positions("gather_attention", used, k_positions, q_positions, num_positions)
+            keys = _validate.keys_of_entries(indices, counts, used, block_size_k)
+            _validate.key_positions("gather_attention", k_positions, keys, k_position_step, num_positions)
     result: tuple[Tensor, Tensor] = torch.ops.longctx.gather_attention(
         q,
         k,
@@ -96,6 +121,10 @@ def gather_attention(
         num_first,
         num_last,
         bias,
+        k_positions,
+        k_position_step,
+        q_positions,
+        rope_cos_sin,
         seqused_k,
         page_table,
         softmax_scale,

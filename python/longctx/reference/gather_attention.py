@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from longctx.reference.attention import masked_attention
+
+
+class Selection(NamedTuple):
+    """`[batch, num_q_heads, seqlen_q, seqlen_k]`: the set of each row."""
+
+    added: Tensor  # float64, to the scores: -inf outside the set
+    positions: Tensor  # int64, of the keys
 
 
 def selected_keys(
@@ -17,29 +26,63 @@ def selected_keys(
     block_size_k: int,
     num_first: int,
     num_last: int,
-    seqused_k: Tensor | None,
     bias: Tensor | None,
-) -> Tensor:
-    """What is added to the scores: float64 [batch, num_q_heads, seqlen_q, seqlen_k], -inf outside the sets."""
+    k_positions: Tensor | None,
+    k_position_step: int,
+    q_positions: Tensor | None,
+    num_positions: int | None,
+    seqused_k: Tensor | None,
+) -> Selection:
+    """Keys at none of `num_positions` positions are not in a set."""
     batch, heads, seqlen_q, num_entries = indices.shape
     added = torch.full((batch, num_q_heads, seqlen_q, seqlen_k), -torch.inf, dtype=torch.float64)
+    positions = torch.zeros(added.shape, dtype=torch.int64)
+    places = token_positions(batch, seqlen_q, seqlen_k, None, seqused_k)
+    stands_at = token_positions(batch, seqlen_q, seqlen_k, q_positions, seqused_k)
+    key = torch.arange(seqlen_k)
     for b in range(batch):
-        length = seqlen_k if seqused_k is None else int(seqused_k[b])
         for i in range(seqlen_q):
-            visible = max(0, length - seqlen_q + i + 1)
+            place, position = int(places[b, i]), int(stands_at[b, i])
+            last = slice(max(0, place + 1 - num_last), max(0, place + 1))
             for h in range(num_q_heads):
                 head = h * heads // num_q_heads
                 kept = num_entries if counts is None else int(counts[b, head, i])
-                row = added[b, h, i]
+                row, at = added[b, h, i], positions[b, h, i]
                 for e, entry in enumerate(indices[b, head, i, :kept].tolist()):
                     if entry >= 0:
-                        row[entry * block_size_k : (entry + 1) * block_size_k] = (
-                            0.0 if bias is None else float(bias[b, head, i, e])
-                        )
+                        begin = entry * block_size_k
+                        block = slice(begin, begin + block_size_k)
+                        row[block] = 0.0 if bias is None else float(bias[b, head, i, e])
+                        first = begin if k_positions is None else int(k_positions[b, head, i, e])
+                        at[block] = first + k_position_step * (key[block] - begin)
+                row[last] = 0.0
+                at[last] = position - (place - key[last])
                 row[:num_first] = 0.0
-                row[max(0, visible - num_last) : visible] = 0.0
-                row[visible:] = -torch.inf
-    return added
+                at[:num_first] = key[:num_first]
+                row[max(0, place + 1) :] = -torch.inf
+                if num_positions is not None:
+                    row[(at < 0) | (at >= num_positions)] = -torch.inf
+                    if not 0 <= position < num_positions:
+                        row[:] = -torch.inf
+    return Selection(added, positions)
+
+
+def token_positions(
+    batch: int, seqlen_q: int, seqlen_k: int, q_positions: Tensor | None, seqused_k: Tensor | None
+) -> Tensor:
+    """int64 [batch, seqlen_q]: `q_positions`, or where the tokens stand among the keys."""
+    if q_positions is not None:
+        return q_positions.long()
+    lengths = torch.full((batch,), seqlen_k) if seqused_k is None else seqused_k.long()
+    return lengths[:, None] - seqlen_q + torch.arange(seqlen_q)
+
+
+def rotated(rows: Tensor, positions: Tensor, rope_cos_sin: Tensor) -> Tensor:
+    """`rows [..., head_dim]` turned by their `positions [...]`; those that the table lacks may turn anyhow."""
+    cos, sin = rope_cos_sin[positions.clamp(0, len(rope_cos_sin) - 1)].to(rows.dtype).unbind(-2)
+    half = cos.shape[-1]
+    a, b, rest = rows.tensor_split((half, 2 * half), dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1)
 
 
 def from_pages(cache: Tensor, page_table: Tensor, seqused_k: Tensor) -> Tensor:
@@ -64,6 +107,10 @@ def gather_attention(
     num_first: int = 0,
     num_last: int = 0,
     bias: Tensor | None = None,
+    k_positions: Tensor | None = None,
+    k_position_step: int = 1,
+    q_positions: Tensor | None = None,
+    rope_cos_sin: Tensor | None = None,
     seqused_k: Tensor | None = None,
     page_table: Tensor | None = None,
     softmax_scale: float | None = None,
@@ -72,24 +119,38 @@ def gather_attention(
     """`(out, lse)` as dense attention under the mask of what was selected; see `longctx.gather_attention`."""
     if page_table is not None and seqused_k is not None:
         k, v = (from_pages(cache, page_table, seqused_k) for cache in (k, v))
-    added = selected_keys(
+    batch, num_q_heads, seqlen_q, _ = q.shape
+    seqlen_k = k.shape[2]
+    added, positions = selected_keys(
         indices,
         counts,
-        num_q_heads=q.shape[1],
-        seqlen_k=k.shape[2],
+        num_q_heads=num_q_heads,
+        seqlen_k=seqlen_k,
         block_size_k=block_size_k,
         num_first=num_first,
         num_last=num_last,
-        seqused_k=seqused_k,
         bias=bias,
+        k_positions=k_positions,
+        k_position_step=k_position_step,
+        q_positions=q_positions,
+        num_positions=None if rope_cos_sin is None else rope_cos_sin.shape[0],
+        seqused_k=seqused_k,
     )
+    dtype = v.dtype
+    if rope_cos_sin is not None:
+        q = q.double()
+        k, v = (keys.double().repeat_interleave(num_q_heads // k.shape[1], dim=1) for keys in (k, v))
+        stands_at = token_positions(batch, seqlen_q, seqlen_k, q_positions, seqused_k)
+        q = rotated(q, stands_at[:, None].expand(q.shape[:3]), rope_cos_sin)
     # Row by row: a key that another row selected may hold anything.
-    rows = [slice(i, i + 1) for i in range(q.shape[2])] or [slice(0, 0)]
-    out, lse = zip(
-        *(
+    results = []
+    for i in range(seqlen_q) or [None]:
+        row = slice(0, 0) if i is None else slice(i, i + 1)
+        keys = k if rope_cos_sin is None or i is None else rotated(k, positions[:, :, i], rope_cos_sin)
+        results.append(
             masked_attention(
                 q[:, :, row],
-                k,
+                keys,
                 v,
                 ~torch.isneginf(added[:, :, row]),
                 softmax_scale=softmax_scale,
@@ -97,8 +158,7 @@ def gather_attention(
                 sinks=None,
                 bias=added[:, :, row],
             )
-            for row in rows
-        ),
-        strict=True,
-    )
-    return torch.cat(out, dim=2), torch.cat(lse, dim=2)
+        )
+    out, lse = zip(*results, strict=True)
+    wide = torch.promote_types(dtype, torch.float32)
+    return torch.cat(out, dim=2).to(dtype), torch.cat(lse, dim=2).to(wide)
