@@ -2,6 +2,7 @@
 
 Correctness is checked before each timing. Contenders take turns in one process; the tables give medians
 and, as speed-up, the median ratio within a turn. Quiet machine or not, only ratios carry over.
+Freed memory stays with the process: nobody is timed on pages that the kernel has to clear first.
 """
 
 from __future__ import annotations

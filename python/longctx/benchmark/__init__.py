@@ -2,6 +2,6 @@
 
 from longctx.benchmark.case import Case, Contenders
 from longctx.benchmark.cases import CASES
-from longctx.benchmark.timing import Timing, matmul_ceiling, time_interleaved
+from longctx.benchmark.timing import Timing, keep_freed_memory, matmul_ceiling, time_interleaved
 
-__all__ = ["CASES", "Case", "Contenders", "Timing", "matmul_ceiling", "time_interleaved"]
+__all__ = ["CASES", "Case", "Contenders", "Timing", "keep_freed_memory", "matmul_ceiling", "time_interleaved"]

@@ -56,25 +56,31 @@ def _linear(length: int, dtype: torch.dtype) -> Contenders:
     return Contenders(run, 8.0 * length * 128 * (2 * 64 + 4 * 128), 4.0 * q.nbytes, exact=twin)
 
 
-def _linear_gradients(length: int, dtype: torch.dtype) -> Contenders:
-    """Forward and backward under a fixed decay."""
+def _linear_gradients(length: int, dtype: torch.dtype, *, trained_decay: bool = False) -> Contenders:
+    """Forward and backward: under a fixed decay beside PyTorch, under a trained one beside our own fixed one."""
     q, k, v = qkv(length, dtype, 8, 8, 128)
     k = 0.1 * 128**-0.5 * k
     inputs = [x.requires_grad_() for x in (q, k, v)]
     log_decay = -(2.0 ** -torch.arange(1.0, 9.0))
     dout = torch.randn(v.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
 
-    def gradients(forward: Callable[..., tuple[Tensor, Tensor]]) -> Callable[[], object]:
+    def gradients(forward: Callable[..., tuple[Tensor, Tensor]], *more: Tensor) -> Callable[[], object]:
         def run() -> object:
             with torch.enable_grad():  # contenders are timed without
-                return torch.autograd.grad(forward()[0], inputs, dout)
+                return torch.autograd.grad(forward()[0], [*inputs, *more], dout)
 
         return run
 
-    run: dict[str, Callable[[], object]] = {
-        "longctx": gradients(functools.partial(longctx.linear_attention, q, k, v, log_decay)),
-        "torch chunks": gradients(chunked_linear_attention(q, k, v, log_decay)),
-    }
+    fixed = gradients(functools.partial(longctx.linear_attention, q, k, v, log_decay))
+    trained = log_decay.clone().requires_grad_()
+    run = (
+        {
+            "longctx": gradients(functools.partial(longctx.linear_attention, q, k, v, trained), trained),
+            "a fixed decay": fixed,
+        }
+        if trained_decay
+        else {"longctx": fixed, "torch chunks": gradients(chunked_linear_attention(q, k, v, log_decay))}
+    )
     twin = gradients(functools.partial(reference.linear_attention, q, k, v, log_decay))
     return Contenders(run, 4 * 8.0 * length * 128 * (2 * 64 + 4 * 128), 4 * 4.0 * q.nbytes, exact=twin)
 
@@ -169,6 +175,13 @@ CASES = [
         {"torch chunks": (5.0, 12.0)},
     ),
     Case("forward + backward, 8 heads, D=128", "linear_attention", 16384, FP32, _linear_gradients),
+    Case(
+        "forward + backward, 8 heads, D=128, decays trained",
+        "linear_attention",
+        16384,
+        BF16,
+        partial(_linear_gradients, trained_decay=True),
+    ),
     Case("8 heads, D=128", "linear_attention_states", 16384, BF16, _linear_states),
     Case("64 heads, D=128", "linear_attention_decode", 1, BF16, _linear_decode, {"torch": (3.0, 8.0)}),
     Case("64 heads, D=128", "linear_attention_decode", 1, FP32, _linear_decode, {"torch": (3.0, 8.0)}),

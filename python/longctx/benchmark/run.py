@@ -16,7 +16,7 @@ import longctx
 from longctx.benchmark.case import Case
 from longctx.benchmark.cases import CASES
 from longctx.benchmark.gpu_cases import CASES as GPU_CASES
-from longctx.benchmark.timing import matmul_ceiling, time_interleaved
+from longctx.benchmark.timing import keep_freed_memory, matmul_ceiling, time_interleaved
 
 
 @dataclass(frozen=True)
@@ -124,6 +124,7 @@ def selected(args: argparse.Namespace) -> list[Case]:
 def main(args: argparse.Namespace) -> list[Row]:
     """Measures the selected cases, printing each as it is done."""
     torch.set_num_threads(args.threads)
+    keep_freed_memory()
     ceilings: dict[torch.dtype, float] = {}
     rows: list[Row] = []
     print(json.dumps(environment()))

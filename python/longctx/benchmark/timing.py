@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import statistics
 import time
@@ -45,6 +46,22 @@ def time_interleaved(contenders: Mapping[str, Callable[[], object]], rounds: int
                 contenders[name]()
                 seconds[name].append(clock() - start)
     return {name: Timing(tuple(values)) for name, values in seconds.items()}
+
+
+def keep_freed_memory(reserved_bytes: int = 3 << 30) -> bool:
+    """Lets this process use its freed memory again, as one that serves for long does; tells whether it could.
+
+    glibc hands blocks of 32 MiB and more back to the kernel, which clears their pages when the next output asks for
+    them: at long lengths that is a third of the time of a kernel that is bound by memory, and all noise. What
+    is set here holds for every contender. The first `reserved_bytes` are cleared now.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc's; elsewhere the allocator stays as it is
+    if mallopt is None:
+        return False
+    trim_threshold, max_mapped_blocks = -1, -4  # M_TRIM_THRESHOLD, M_MMAP_MAX
+    kept = bool(mallopt(max_mapped_blocks, 0) and mallopt(trim_threshold, 2**31 - 1))
+    torch.zeros(reserved_bytes, dtype=torch.uint8).fill_(1)  # and freed; zeros alone may not touch its pages
+    return kept
 
 
 def matmul_ceiling(dtype: torch.dtype) -> float:
