@@ -43,6 +43,9 @@ STABLE_TORCH_LIBRARY(longctx, m) {
          "Tensor block_indices, int block_size_q, int block_size_k, " +
              kAttentionOptions + ") -> (Tensor, Tensor)");
   define(m, "build_info() -> str");
+  define(m,
+         "compact_kv(Tensor(a!)[] k_cache, Tensor(b!)[] v_cache, Tensor indices, "
+         "Tensor? counts=None, Tensor? seqused_k=None, Tensor? page_table=None) -> Tensor");
   define(m, "cuda_build_info() -> str");
   define(m,
          "gather_attention(Tensor q, Tensor k, Tensor v, Tensor indices, Tensor? counts=None, "
@@ -50,6 +53,9 @@ STABLE_TORCH_LIBRARY(longctx, m) {
          "Tensor? k_positions=None, int k_position_step=1, Tensor? q_positions=None, "
          "Tensor? rope_cos_sin=None, Tensor? seqused_k=None, Tensor? page_table=None, "
          "float? softmax_scale=None, float softcap=0.0) -> (Tensor, Tensor)");
+  define(m,
+         "gather_kv(Tensor k, Tensor v, Tensor indices, Tensor? counts=None, "
+         "Tensor? seqused_k=None, Tensor? page_table=None) -> (Tensor, Tensor)");
   define(m,
          "linear_attention(Tensor q, Tensor k, Tensor v, Tensor? log_decay=None, "
          "Tensor? initial_state=None, Tensor? cu_seqlens=None, float scale=1.0, bool causal=True, "
@@ -76,4 +82,8 @@ STABLE_TORCH_LIBRARY(longctx, m) {
   define(m,
          "topk_select(Tensor scores, int k, Tensor? lengths=None, int num_first=0, "
          "int num_last=0) -> (Tensor, Tensor)");
+  define(m,
+         "truncate_kv(Tensor(a!)[] k_cache, Tensor(b!)[] v_cache, Tensor seqused_k, "
+         "int num_draft_tokens, Tensor? accepted=None, Tensor? counts=None, "
+         "Tensor? page_table=None) -> Tensor");
 }

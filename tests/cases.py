@@ -5,8 +5,9 @@ The tests that hold for every op (conventions, bad input, opcheck, compile) loop
 
 from __future__ import annotations
 
+import kv_cases
 import linear_cases
 import prefill_cases
 import topk_cases
 
-CASES = {case.name: case for case in (*prefill_cases.CASES, *topk_cases.CASES, *linear_cases.CASES)}
+CASES = {case.name: case for case in (*prefill_cases.CASES, *topk_cases.CASES, *kv_cases.CASES, *linear_cases.CASES)}

@@ -56,6 +56,7 @@ RECORDING = frozenset(
         "block_sparse_attention",
         "cuda",
         "gather_attention",
+        "kv_rows",
         "linear_attention",
         "linear_attention_backward",
         "linear_attention_decode",

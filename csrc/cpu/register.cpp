@@ -8,7 +8,9 @@
 #include "ops/attention_mass.h"
 #include "ops/block_scores.h"
 #include "ops/block_sparse_attention.h"
+#include "ops/compact_kv.h"
 #include "ops/gather_attention.h"
+#include "ops/gather_kv.h"
 #include "ops/linear_attention.h"
 #include "ops/linear_attention_decode.h"
 #include "ops/linear_attention_states.h"
@@ -16,6 +18,7 @@
 #include "ops/select_blocks.h"
 #include "ops/threshold_select.h"
 #include "ops/topk_select.h"
+#include "ops/truncate_kv.h"
 
 namespace longctx {
 namespace {
@@ -76,7 +79,9 @@ STABLE_TORCH_LIBRARY_IMPL(longctx, CPU, m) {
   m.impl("block_scores", TORCH_BOX(&block_scores<run_block_scores_cpu>));
   m.impl("block_sparse_attention",
          TORCH_BOX(&block_sparse_attention<run_block_sparse_attention_cpu>));
+  m.impl("compact_kv", TORCH_BOX(&compact_kv<run_compact_kv_cpu>));
   m.impl("gather_attention", TORCH_BOX(&gather_attention<run_gather_attention_cpu>));
+  m.impl("gather_kv", TORCH_BOX(&gather_kv<run_gather_kv_cpu>));
   m.impl("linear_attention", TORCH_BOX(&linear_attention<run_linear_attention_cpu>));
   m.impl("linear_attention_decode",
          TORCH_BOX(&linear_attention_decode<run_linear_attention_decode_cpu>));
@@ -85,4 +90,5 @@ STABLE_TORCH_LIBRARY_IMPL(longctx, CPU, m) {
   m.impl("select_blocks", TORCH_BOX(&select_blocks<run_select_blocks_cpu>));
   m.impl("threshold_select", TORCH_BOX(&threshold_select<run_threshold_select_cpu>));
   m.impl("topk_select", TORCH_BOX(&topk_select<run_topk_select_cpu>));
+  m.impl("truncate_kv", TORCH_BOX(&truncate_kv<run_compact_kv_cpu>));
 }

@@ -142,6 +142,40 @@ struct GatherAttentionParams {
   double softcap = 0.0;
 };
 
+// Rows of k and v by lists of keys: those of `counts`, in [0, seqused_k) and on a page that exists.
+struct KVRowsParams {
+  DType dtype = DType::kFloat32;
+  int64_t batch = 0;
+  int64_t seqlen_k = 0;                // keys that a batch entry has room for
+  const int32_t* seqused_k = nullptr;  // [batch]; null: seqlen_k
+  PagesParams pages;
+  RowsView<int32_t> indices;  // [batch, index_heads, num_entries]
+  RowsView<int32_t> counts;   // [batch, index_heads]: entries that count; null: all
+  int64_t num_entries = 0;
+  int64_t index_heads = 1;  // 1 or num_kv_heads
+  int64_t num_kv_heads = 0;
+  int64_t head_dim = 0;
+  int64_t head_dim_v = 0;
+};
+
+struct GatherKVParams : KVRowsParams {
+  TensorView k;           // [batch, num_kv_heads, seqlen_k, head_dim]
+  TensorView v;           // [batch, num_kv_heads, seqlen_k, head_dim_v]
+  void* k_out = nullptr;  // [batch, num_kv_heads, num_entries, head_dim], contiguous
+  void* v_out = nullptr;  // [batch, num_kv_heads, num_entries, head_dim_v]
+};
+
+// The listed keys, as long as they ascend, move to the front of what may change: to key 0, or
+// behind the keys before a draft, from whose first token they then count.
+struct CompactKVParams : KVRowsParams {
+  const TensorView* k_cache = nullptr;  // [num_layers] of [batch, num_kv_heads, seqlen_k, head_dim]
+  const TensorView* v_cache = nullptr;  // [num_layers] of [.., head_dim_v]
+  int64_t num_layers = 0;
+  bool of_draft = false;         // indices may then be null: entry i is token i of the draft
+  int64_t num_draft_tokens = 0;  // the last of the seqused_k keys
+  int32_t* lengths = nullptr;    // [batch, index_heads]
+};
+
 struct MergeStatesParams {
   DType dtype = DType::kFloat32;
   const void* out = nullptr;           // [num_states, rows, dim], contiguous

@@ -9,7 +9,9 @@ from longctx.ops.attention import attention  # noqa: E402
 from longctx.ops.attention_mass import attention_mass  # noqa: E402
 from longctx.ops.block_scores import block_scores  # noqa: E402
 from longctx.ops.block_sparse_attention import block_sparse_attention  # noqa: E402
+from longctx.ops.compact_kv import compact_kv  # noqa: E402
 from longctx.ops.gather_attention import gather_attention  # noqa: E402
+from longctx.ops.gather_kv import gather_kv  # noqa: E402
 from longctx.ops.linear_attention import linear_attention  # noqa: E402
 from longctx.ops.linear_attention_decode import linear_attention_decode  # noqa: E402
 from longctx.ops.linear_attention_states import linear_attention_states  # noqa: E402
@@ -17,13 +19,16 @@ from longctx.ops.merge_states import merge_states  # noqa: E402
 from longctx.ops.select_blocks import select_blocks  # noqa: E402
 from longctx.ops.threshold_select import threshold_select  # noqa: E402
 from longctx.ops.topk_select import topk_select  # noqa: E402
+from longctx.ops.truncate_kv import truncate_kv  # noqa: E402
 
 __all__ = [
     "attention",
     "attention_mass",
     "block_scores",
     "block_sparse_attention",
+    "compact_kv",
     "gather_attention",
+    "gather_kv",
     "linear_attention",
     "linear_attention_decode",
     "linear_attention_states",
@@ -31,4 +36,5 @@ __all__ = [
     "select_blocks",
     "threshold_select",
     "topk_select",
+    "truncate_kv",
 ]

@@ -43,7 +43,12 @@ def register_op(
 
 
 def _require_one_device(qualified: str, arguments: dict[str, Any]) -> None:
-    devices = {name: value.device for name, value in arguments.items() if isinstance(value, torch.Tensor)}
+    devices = {
+        name: tensor.device
+        for name, value in arguments.items()
+        for tensor in (value if isinstance(value, list | tuple) else [value])
+        if isinstance(tensor, torch.Tensor)
+    }
     first = next(iter(devices), "")
     for name, device in devices.items():
         if device != devices[first]:

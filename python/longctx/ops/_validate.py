@@ -159,6 +159,23 @@ def key_positions(op: str, k_positions: Tensor | None, keys: Tensor, step: int, 
     _require(inside, op, "k_positions", f"keep keys in [0, {num_positions})", f"[{low}, {high}]")
 
 
+def key_lists(
+    op: str, argument: str, lists: Tensor, counts_of_lists: Tensor | None, ends: Tensor, *, ascending: bool
+) -> None:
+    """`counts_of_lists` fits `lists [..., num_entries]`, whose entries that count are -1 or in [0, ends [...])."""
+    num_entries = lists.shape[-1]
+    counts(op, "counts", counts_of_lists, num_entries)
+    listed = lists.long()
+    if counts_of_lists is not None:
+        listed = listed.where(torch.arange(num_entries, device=lists.device) < counts_of_lists[..., None], -1)
+    inside = (listed >= -1) & (listed < ends[..., None].long())
+    _require(inside.all(), op, argument, "be -1 or keys that exist", f"[{_low(listed)}, {_high(listed)}]")
+    if ascending:
+        highest = listed.cummax(dim=-1).values if num_entries else listed
+        rises = (listed[..., 1:] > highest[..., :-1]) | (listed[..., 1:] < 0)
+        _require(rises.all(), op, argument, "ascend in each list", "a list that does not")
+
+
 def pages(op: str, page_table: Tensor | None, seqused_k: Tensor | None, k: Tensor) -> None:
     """The pages that `seqused_k` keys take are pages of `k`."""
     if page_table is None or seqused_k is None:

@@ -11,6 +11,7 @@ from longctx.reference.attention_mass import attention_mass
 from longctx.reference.block_scores import block_scores
 from longctx.reference.block_sparse_attention import block_sparse_attention
 from longctx.reference.gather_attention import gather_attention
+from longctx.reference.kv_rows import compact_kv, gather_kv, truncate_kv
 from longctx.reference.linear_attention import linear_attention, linear_attention_decode, linear_attention_states
 from longctx.reference.merge_states import merge_states
 from longctx.reference.select_blocks import select_blocks
@@ -22,7 +23,9 @@ __all__ = [
     "attention_mass",
     "block_scores",
     "block_sparse_attention",
+    "compact_kv",
     "gather_attention",
+    "gather_kv",
     "linear_attention",
     "linear_attention_decode",
     "linear_attention_states",
@@ -30,4 +33,5 @@ __all__ = [
     "select_blocks",
     "threshold_select",
     "topk_select",
+    "truncate_kv",
 ]

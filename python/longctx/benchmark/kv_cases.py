@@ -1,0 +1,65 @@
+"""The measured cases of what happens to rows of caches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+import longctx
+from longctx.benchmark.case import BF16, Case, Contenders
+
+
+def _caches(length: int, dtype: torch.dtype, layers: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.empty(1, 8, length, 128, dtype=dtype).normal_(generator=generator) for _ in range(2 * layers)]
+
+
+def _gather_kv(length: int, dtype: torch.dtype) -> Contenders:
+    """2048 rows of each head anywhere among `length`; every turn takes others, so that none are in the cache."""
+    turns, kept = 16, min(2048, length)
+    k, v = _caches(length, dtype, 1)
+    order = torch.rand(turns, 1, 8, length, generator=torch.Generator().manual_seed(1))
+    chosen = order.topk(kept, dim=-1).indices.sort(dim=-1).values
+    entries, rows = chosen.int(), chosen[..., None].expand(-1, -1, -1, -1, 128)
+    next_turn = {"longctx": 0, "torch.gather": turns // 2}
+
+    def turn(name: str) -> int:
+        next_turn[name] += 1
+        return next_turn[name] % turns if kept < length else 0  # the check compares one result
+
+    def torch_gather() -> tuple[Tensor, Tensor]:
+        index = rows[turn("torch.gather")]
+        return k.gather(2, index), v.gather(2, index)
+
+    run: dict[str, Callable[[], object]] = {
+        "longctx": lambda: longctx.gather_kv(k, v, entries[turn("longctx")]),
+        "torch.gather": torch_gather,
+    }
+    return Contenders(run, 0.0, 2 * 2.0 * 8 * kept * 128 * dtype.itemsize)
+
+
+def _compact_kv(length: int, dtype: torch.dtype) -> Contenders:
+    """8 layers: 4 sinks and every other of the remaining keys stay."""
+    layers = 8
+    kept = torch.cat([torch.arange(4), torch.arange(4, length, 2)])
+    indices = kept.int().view(1, 1, -1)
+    ours, theirs = ([cache.clone() for cache in caches] for caches in [_caches(length, dtype, layers)] * 2)
+
+    def compact() -> tuple[Tensor, ...]:
+        longctx.compact_kv(ours[:layers], ours[layers:], indices)
+        return tuple(cache[:, :, : len(kept)] for cache in ours)
+
+    def index_select() -> tuple[Tensor, ...]:
+        """Into new tensors, as a cache without rows of its own does."""
+        return tuple(cache.index_select(2, kept) for cache in theirs)
+
+    run: dict[str, Callable[[], object]] = {"longctx": compact, "index_select": index_select}
+    return Contenders(run, 0.0, 2 * 2.0 * layers * 8 * len(kept) * 128 * dtype.itemsize)
+
+
+CASES = [
+    Case("2048 keys of all, 8 heads, D=128", "gather_kv", 131072, BF16, _gather_kv),
+    Case("half of the keys, 8 layers of 8 heads, D=128", "compact_kv", 4096, BF16, _compact_kv),
+]
