@@ -22,6 +22,7 @@ PUBLIC = {
 }
 if importlib.util.find_spec("transformers") is not None:
     PUBLIC |= {f"models.{name}": getattr(longctx.models, name) for name in longctx.models.__all__}
+    PUBLIC |= {f"cache.{name}": getattr(longctx.cache, name) for name in longctx.cache.__all__}
 
 
 @pytest.mark.parametrize("name", sorted(PUBLIC))

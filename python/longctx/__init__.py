@@ -25,7 +25,7 @@ _LAZY = {
     "get_policy": "longctx.prefill",
     "info": "longctx._info",
 }
-_LAZY_MODULES = ("benchmark", "integrations", "linear", "models", "prefill", "reference", "testing")
+_LAZY_MODULES = ("benchmark", "cache", "integrations", "linear", "models", "prefill", "reference", "testing")
 
 __all__ = ["__version__", *_LAZY, *_op_names]
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from longctx.cache.base import LAYER, CallContext, LongctxLayer
 from longctx.integrations.transformers.rope import Rope, key_positions
 from longctx.integrations.transformers.stats import LayerCounts
 from longctx.integrations.transformers.unsupported import refuse_unsupported
@@ -59,15 +60,26 @@ def attention_forward(
     Returns:
         out `[batch, seqlen_q, num_q_heads, head_dim_v]`, and no attention weights.
     """
+    cached: LongctxLayer | None = getattr(key, LAYER, None)
+    if cached is not None:
+        cached.arrive(module)
     refuse_unsupported(module, query.shape[2], attention_mask, dropout, kwargs)
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True) and getattr(module.config, "is_causal", True)
+    if cached is not None:
+        _require_plain(is_causal, sliding_window)
+        attention_mask = cached.begin(query.shape[2], attention_mask)
     options = {
         **_predicate(attention_mask, is_causal, sliding_window),
         "softmax_scale": scaling,
         "softcap": softcap or 0.0,
         "sinks": None if s_aux is None else s_aux.float(),
     }
+    if cached is not None and cached.decodes(query.shape[2]):
+        context = _call_context(cached, options, query.shape[2], position_ids)
+        out = cached.attend(query, key, value, context)
+        cached.commit(query.shape[2])
+        return out.transpose(1, 2).contiguous(), None
     state, counted = _state(module)
     why_dense = _why_dense(state, is_causal, query.shape[2], key.shape[2], sliding_window)
     if state is None or why_dense:
@@ -77,7 +89,24 @@ def attention_forward(
     else:
         layer_idx = getattr(module, "layer_idx", None)
         out = _sparse(state, counted, query, key, value, options, layer_idx, position_ids)
+    if cached is not None:
+        cached.finish(query, _call_context(cached, options, query.shape[2], position_ids))
     return out.transpose(1, 2).contiguous(), None
+
+
+def _require_plain(is_causal: bool, sliding_window: int | None) -> None:
+    if not is_causal or sliding_window is not None:
+        raise NotImplementedError(
+            "longctx: a cache serves layers that are causal and see the whole past; got "
+            f"is_causal={is_causal}, sliding_window={sliding_window}"
+        )
+
+
+def _call_context(
+    cached: LongctxLayer, options: dict[str, Any], seqlen_new: int, position_ids: Tensor | None
+) -> CallContext:
+    scores = {name: options[name] for name in ("softmax_scale", "softcap", "sinks")}
+    return CallContext(**scores, seqused_k=cached.seqused(seqlen_new), position_ids=position_ids)
 
 
 def _predicate(key_ranges: Tensor | None, is_causal: bool, sliding_window: int | None) -> dict[str, Any]:
