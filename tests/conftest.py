@@ -109,6 +109,21 @@ def why_left_out(item: pytest.Item, seen: Counter[str]) -> str:
     return ""
 
 
+def thin_out_sanitized(items: list[pytest.Item]) -> None:
+    """Of tests marked `sanitize(one_in=n)` every n-th case stays marked: all engines, not all cases.
+
+    Where n has no factor in common with their numbers, the cases that stay go round all of them.
+    """
+    seen: Counter[str] = Counter()
+    for item in items:
+        mark = item.get_closest_marker("sanitize")
+        one_in = 1 if mark is None else mark.kwargs.get("one_in", 1)
+        test = item.nodeid.partition("[")[0]
+        if seen[test] % one_in:
+            item.own_markers[:] = [own for own in item.own_markers if own.name != "sanitize"]
+        seen[test] += 1
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "isa" in metafunc.fixturenames:
         metafunc.parametrize("isa", target.isas(), indirect=True)
@@ -122,6 +137,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if "slow" in item.keywords:
                 item.add_marker(skip)
+    thin_out_sanitized(items)
     seen: Counter[str] = Counter()
     reasons = {item: why_left_out(item, seen) for item in items}
     config.stash[LEFT_OUT] = Counter(filter(None, reasons.values()))

@@ -73,7 +73,7 @@ def test_head_dim_v(isa: str, dtype: torch.dtype, head_dim: int, head_dim_v: int
     check_attention("attention", qkv(dtype, batch=1, head_dim=head_dim, head_dim_v=head_dim_v))
 
 
-@pytest.mark.sanitize
+@pytest.mark.sanitize(one_in=3)
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize(("seqlen_q", "seqlen_k"), LENGTHS)
 def test_lengths(isa: str, seqlen_q: int, seqlen_k: int, causal: bool) -> None:
@@ -82,7 +82,7 @@ def test_lengths(isa: str, seqlen_q: int, seqlen_k: int, causal: bool) -> None:
         check_attention("attention", call, causal=causal)
 
 
-@pytest.mark.sanitize
+@pytest.mark.sanitize(one_in=7)
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_options(isa: str, dtype: torch.dtype, options: Call) -> None:

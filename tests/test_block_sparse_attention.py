@@ -36,7 +36,7 @@ def full_mask(call: Call, block_size_q: int, block_size_k: int) -> Tensor:
     return torch.ones(1, 1, rows, -(-call["k"].shape[2] // block_size_k), dtype=torch.bool)
 
 
-@pytest.mark.sanitize
+@pytest.mark.sanitize(one_in=3)
 @pytest.mark.parametrize(("block_size_q", "block_size_k"), SIZES)
 def test_block_sizes(isa: str, block_size_q: int, block_size_k: int) -> None:
     for dtype in (torch.float32, torch.bfloat16):
@@ -106,7 +106,7 @@ def test_empty_list(isa: str) -> None:
     assert torch.isneginf(lse).all()
 
 
-@pytest.mark.sanitize
+@pytest.mark.sanitize(one_in=3)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("block_size_k", BLOCK_SIZES_K)
 def test_nan_in_unlisted_blocks_does_not_leak(isa: str, dtype: torch.dtype, block_size_k: int) -> None:

@@ -50,7 +50,7 @@ def test_head_dim_v(isa: str, dtype: torch.dtype, head_dim: int, head_dim_v: int
     check_attention("gather_attention", gathered(dtype, head_dim=head_dim, head_dim_v=head_dim_v))
 
 
-@pytest.mark.sanitize
+@pytest.mark.sanitize(one_in=3)
 @pytest.mark.parametrize("num_entries", NUM_ENTRIES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_numbers_of_entries(isa: str, dtype: torch.dtype, num_entries: int) -> None:
@@ -77,7 +77,7 @@ def test_heads(isa: str, dtype: torch.dtype, num_q_heads: int, num_kv_heads: int
     )
 
 
-@pytest.mark.sanitize
+@pytest.mark.sanitize(one_in=5)
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_options(isa: str, dtype: torch.dtype, options: Call) -> None:
