@@ -1,9 +1,12 @@
-// longctx._host: facts about this machine that Python asks for. No op depends on it.
+// longctx._host: facts about this machine, and the page store's disk and its frames. No op depends
+// on it.
 #include <pybind11/pybind11.h>
 #include <unistd.h>
 
 #include <fstream>
 #include <string>
+
+#include "bindings.h"
 
 namespace py = pybind11;
 
@@ -30,7 +33,9 @@ py::dict host_info() {
 }  // namespace
 
 PYBIND11_MODULE(_host, m) {
-  m.doc() = "Facts about the machine.";
+  m.doc() = "Facts about the machine; pages of a KV store on disk and in memory.";
   m.def("host_info", &host_info,
         "CPU model, number of CPUs, and cache and memory sizes in bytes (0 where unknown).");
+  longctx::host::bind_page_file(m);
+  longctx::host::bind_frame_table(m);
 }

@@ -25,7 +25,17 @@ _LAZY = {
     "get_policy": "longctx.prefill",
     "info": "longctx._info",
 }
-_LAZY_MODULES = ("benchmark", "cache", "integrations", "linear", "models", "prefill", "reference", "testing")
+_LAZY_MODULES = (
+    "benchmark",
+    "cache",
+    "integrations",
+    "linear",
+    "models",
+    "prefill",
+    "reference",
+    "store",
+    "testing",
+)
 
 __all__ = ["__version__", *_LAZY, *_op_names]
 

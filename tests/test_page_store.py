@@ -1,0 +1,352 @@
+"""The page store: the same attention from any tiers, memory that is never exceeded, pages that stay or leave."""
+
+import re
+import resource
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+import longctx
+from cases import generator
+from longctx.store import PageGeometry, PageStore, PageStoreError
+
+pytest.importorskip("longctx._host", reason="longctx._host was not built")
+GEOMETRY = PageGeometry(num_layers=2, num_kv_heads=2, head_dim=32, head_dim_v=16, page_size=8, dtype=torch.float32)
+BATCHED = PageGeometry(num_layers=1, batch=2, num_kv_heads=2, head_dim=32, page_size=8, dtype=torch.bfloat16)
+
+
+def tokens(geometry, count, seed=0):
+    shape = (geometry.batch, geometry.num_kv_heads, count)
+    make = generator(seed)
+    return tuple(
+        torch.randn(*shape, dim, generator=make).to(geometry.dtype) for dim in (geometry.head_dim, geometry.head_dim_v)
+    )
+
+
+def queries(geometry, seqlen_q=1, seed=0):
+    shape = (geometry.batch, 2 * geometry.num_kv_heads, seqlen_q, geometry.head_dim)
+    return torch.randn(*shape, generator=generator(seed)).to(geometry.dtype)
+
+
+def pick(geometry, num_pages, count, *, heads=None, seqlen_q=1, seed=0):
+    """`count` pages of each row, ascending."""
+    shape = (geometry.batch, heads or geometry.num_kv_heads, seqlen_q, num_pages)
+    order = torch.rand(*shape, generator=generator(seed)).argsort(dim=-1)
+    return order[..., :count].sort(dim=-1).values.int()
+
+
+def open_store(geometry, path=None, *, frames=64, device_frames=0, **options):
+    return PageStore(
+        geometry,
+        path=path,
+        max_host_bytes=frames * geometry.page_bytes,
+        max_device_bytes=device_frames * geometry.page_bytes,
+        device="cpu",
+        **options,
+    )
+
+
+def fill_with_nan(store):
+    for tier in store.tiers:
+        tier.pages.fill_(float("nan"))
+
+
+def assert_attends(layer, k, v, indices, q, **options):
+    """As gather_attention over the tokens in one piece."""
+    out, lse = layer.attend(q, indices, **options)
+    options.setdefault("block_size_k", layer.store.geometry.page_size)
+    expected = longctx.gather_attention(q, k, v, indices, **options)
+    tolerance = 1e-5 if q.dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(out, expected[0], rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(lse, expected[1], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.sanitize
+@pytest.mark.parametrize(
+    ("geometry", "on_disk", "tiers"),
+    [
+        (GEOMETRY, False, {"frames": 1024}),
+        (GEOMETRY, True, {"frames": 24, "num_last_pages": 1}),
+        (GEOMETRY, False, {"frames": 1024, "device_frames": 64}),
+        (BATCHED, True, {"frames": 48}),
+        (BATCHED, True, {"frames": 64, "device_frames": 64}),
+    ],
+    ids=["host", "two layers' windows and disk", "device and host", "host and disk", "three tiers"],
+)
+def test_equals_tokens_in_one_piece(tmp_path, geometry, on_disk, tiers):
+    """From memory alone, from disk, from both; also where a selection does not fit into memory at once."""
+    with open_store(geometry, tmp_path / "kv" if on_disk else None, **tiers) as store:
+        fill_with_nan(store)
+        k, v = tokens(geometry, 603)
+        for layer in store.layers:
+            for begin, end in ((0, 5), (5, 500), (500, 501), (501, 603)):
+                layer.append(k[:, :, begin:end], v[:, :, begin:end])
+        num_pages = geometry.num_pages(603)
+        for step, layer in enumerate(2 * store.layers):
+            q = queries(geometry, seed=step)
+            pages = pick(geometry, num_pages, 12, seed=step)
+            assert_attends(layer, k, v, pages, q, num_first=3, num_last=13)
+            counts = torch.randint(0, 12, pages.shape[:3], generator=generator(step)).int()
+            assert_attends(layer, k, v, pages, q, counts=counts, softcap=3.0)
+            bias = torch.randn(pages.shape, generator=generator(step))
+            assert_attends(layer, k, v, pages, q, bias=bias, softmax_scale=0.3)
+        q = queries(geometry, 3)
+        for heads in (1, geometry.num_kv_heads, 2 * geometry.num_kv_heads):
+            assert_attends(layer, k, v, pick(geometry, num_pages, 9, heads=heads, seqlen_q=3), q, num_last=9)
+        small_blocks = pick(geometry, num_pages * 4, 30, heads=1)
+        assert_attends(layer, k, v, small_blocks, queries(geometry), block_size_k=2, num_last=8)
+        everything = torch.arange(num_pages, dtype=torch.int32).expand(geometry.batch, 1, 1, -1)
+        assert_attends(layer, k, v, everything, queries(geometry))
+        nothing = torch.empty(geometry.batch, 1, 1, 0, dtype=torch.int32)
+        assert_attends(layer, k, v, nothing, queries(geometry), num_last=4)
+        for begin, end in ((0, 603), (7, 300), (598, 603), (40, 40)):
+            assert all(torch.equal(a, b[:, :, begin:end]) for a, b in zip(layer.read(begin, end), (k, v), strict=True))
+        for tier in store.tiers:
+            assert tier.frames.num_used <= tier.num_frames
+        assert store.stats.host_bytes <= store.host.max_bytes
+
+
+def test_rewind_and_decode(tmp_path):
+    with open_store(GEOMETRY, tmp_path / "kv", frames=40) as store:
+        k, v = tokens(GEOMETRY, 400)
+        layer = store.layers[1]
+        layer.append(k, v)
+        k2, v2 = tokens(GEOMETRY, 40, seed=1)
+        for keep in (397, 320, 100, 3, 0):
+            layer.rewind(keep)
+            assert layer.num_tokens == keep
+            for i in range(20):
+                layer.append(k2[:, :, i : i + 1], v2[:, :, i : i + 1])
+            whole_k, whole_v = (torch.cat([x[:, :, :keep], y[:, :, :20]], dim=2) for x, y in ((k, k2), (v, v2)))
+            pages = pick(GEOMETRY, GEOMETRY.num_pages(keep + 20), 2)
+            assert_attends(layer, whole_k, whole_v, pages, queries(GEOMETRY), num_first=2, num_last=12)
+            k, v = whole_k, whole_v
+        store.commit()
+        file = store.file
+        assert [file.num_tokens(lane) for lane in range(4)] == [0, 0, 20, 20]
+
+
+def test_reopened_store(tmp_path):
+    """With the tokens of pages that are not full, from where the writer closed it; and what a reader sees."""
+    path, (k, v) = tmp_path / "kv", tokens(GEOMETRY, 101)
+    with open_store(GEOMETRY, path) as store:
+        for layer in store.layers:
+            layer.append(k[:, :, :90], v[:, :, :90])
+        store.commit(sync=True)
+        with pytest.raises(PageStoreError, match="is being written"):
+            PageStore.open(path, max_host_bytes=1 << 20)
+        reader = PageStore.open(path, max_host_bytes=1 << 16, writable=False)
+        assert reader.num_tokens == 90
+        with pytest.raises(PageStoreError, match="for reading only"):
+            reader.layers[0].append(k, v)
+        for layer in store.layers:
+            layer.append(k[:, :, 90:91], v[:, :, 90:91])
+    with pytest.raises(PageStoreError, match="is closed"):
+        store.layers[0].append(k, v)
+    assert reader.refresh()
+    assert not reader.refresh()
+    with PageStore.open(path, GEOMETRY, max_host_bytes=20 * GEOMETRY.page_bytes) as store:
+        for layer, beside in zip(store.layers, reader.layers, strict=True):
+            assert_attends(beside, k[:, :, :91], v[:, :, :91], pick(GEOMETRY, 12, 5), queries(GEOMETRY), num_last=20)
+            layer.append(k[:, :, 91:], v[:, :, 91:])
+            assert_attends(layer, k, v, pick(GEOMETRY, 13, 5), queries(GEOMETRY), num_last=20)
+
+
+def test_writer_that_died_between_layers(tmp_path):
+    path, (k, v) = tmp_path / "kv", tokens(GEOMETRY, 50)
+    store = open_store(GEOMETRY, path)
+    store.layers[0].append(k, v)
+    store.layers[1].append(k[:, :, :20], v[:, :, :20])
+    store.close(commit=False)
+    with PageStore.open(path, max_host_bytes=1 << 20) as store:
+        assert [layer.num_tokens for layer in store.layers] == [48, 16]
+        store.rewind(store.num_tokens)
+        for layer in store.layers:
+            layer.append(k[:, :, 16:], v[:, :, 16:])
+            assert_attends(layer, k, v, pick(GEOMETRY, 7, 4), queries(GEOMETRY))
+
+
+def test_least_recently_used_leaves_first(tmp_path):
+    geometry = PageGeometry(num_layers=1, num_kv_heads=1, head_dim=8, page_size=4, dtype=torch.float32)
+    with open_store(geometry, tmp_path / "kv", frames=10, num_first_pages=1, num_last_pages=2) as store:
+        store.layers[0].append(*tokens(geometry, 20 * 4))
+        order = [page for _, page in store.host.frames.eviction_order]
+        assert order == list(range(11, 18))  # 0, 18 and 19 are pinned
+        q = queries(geometry)
+
+        def use(*pages):
+            store.layers[0].attend(q, torch.tensor(pages, dtype=torch.int32).view(1, 1, 1, -1))
+            return [page for _, page in store.host.frames.eviction_order]
+
+        store.reset_stats()
+        assert use(12, 11) == [13, 14, 15, 16, 17, 11, 12]
+        assert use(5, 14) == [15, 16, 17, 11, 12, 5, 14]
+        assert use(0, 19) == [15, 16, 17, 11, 12, 5, 14]
+        stats = store.stats
+        assert (stats.host_hits, stats.misses, stats.evictions) == (5, 1, 1)
+        assert stats.hit_rate == pytest.approx(5 / 6)
+        assert stats.bytes_read == geometry.page_bytes
+        # Pinned pages are never evicted, however many others come.
+        for page in range(1, 18):
+            use(page)
+        assert store.host.resident(np.zeros(3, int), np.array([0, 18, 19])).all()
+
+
+def test_read_ahead_brings_the_next_layers_pages(tmp_path):
+    with open_store(GEOMETRY, tmp_path / "kv", frames=40) as store:
+        k, v = tokens(GEOMETRY, 80 * 8)
+        for layer in store.layers:
+            layer.append(k, v)
+        far = torch.tensor([5, 6, 7, 8], dtype=torch.int32).expand(1, 1, 1, 4)
+        store.layers[1].attend(queries(GEOMETRY), far)
+        for first in range(20, 40, 4):  # others take the frames
+            store.layers[1].attend(queries(GEOMETRY), (far - 5 + first))
+        store.layers[1].attend(queries(GEOMETRY), far)
+        store.layers[1].read(400, 600)
+        lanes, pages = store.layers[1].lanes.repeat(4), np.tile(np.arange(5, 9), 2)
+        assert not store.host.resident(lanes, pages).any()
+        store.layers[0].attend(queries(GEOMETRY), far)
+        store.settle()
+        assert store.host.resident(lanes, pages).all()
+        assert store.stats.read_ahead == 8
+        store.reset_stats()
+        assert_attends(store.layers[1], k, v, far, queries(GEOMETRY))
+        assert store.stats.misses == 0
+
+
+def test_threads_attend_to_one_store(tmp_path):
+    """Frames change hands all the time; nobody reads a page that is leaving."""
+    with open_store(GEOMETRY, tmp_path / "kv", frames=60) as store:
+        k, v = tokens(GEOMETRY, 600)
+        for layer in store.layers:
+            layer.append(k, v)
+        failures = []
+
+        def work(seed):
+            try:
+                for i in range(30):
+                    pages = pick(GEOMETRY, 75, 5, seed=100 * seed + i)
+                    assert_attends(store.layers[seed % 2], k, v, pages, queries(GEOMETRY, seed=i), num_last=8)
+            except BaseException as error:
+                failures.append(error)
+
+        threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not failures
+        assert store.stats.evictions > 100
+
+
+def test_no_room_leaves_the_layer_as_it_was(tmp_path):
+    k, v = tokens(GEOMETRY, 300)
+    with open_store(GEOMETRY, frames=40) as store:
+        layer = store.layers[0]
+        layer.append(k[:, :, :100], v[:, :, :100])
+        with pytest.raises(PageStoreError, match="needs more `max_host_bytes` or a `path`"):
+            layer.append(k[:, :, 100:], v[:, :, 100:])
+        assert layer.num_tokens == 100
+        layer.append(k[:, :, 100:110], v[:, :, 100:110])
+        assert_attends(layer, k[:, :, :110], v[:, :, :110], pick(GEOMETRY, 14, 5), queries(GEOMETRY), num_last=7)
+    with (
+        open_store(GEOMETRY, tmp_path / "kv", frames=2) as store,
+        pytest.raises(PageStoreError, match="needs more `max_host_bytes` or fewer pinned pages"),
+    ):
+        store.layers[0].append(k, v)
+
+
+def test_disk_full_leaves_the_layer_as_it_was(tmp_path):
+    path, (k, v) = tmp_path / "kv", tokens(GEOMETRY, 6000)
+    with open_store(GEOMETRY, path) as store:
+        layer = store.layers[0]
+        layer.append(k[:, :, :301], v[:, :, :301])
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size, hard))
+        try:
+            with pytest.raises(PageStoreError, match=r"is full: page \d+ of layer 0, .*stays readable"):
+                layer.append(k[:, :, 301:], v[:, :, 301:])
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert layer.num_tokens == 301
+        assert_attends(layer, k[:, :, :301], v[:, :, :301], pick(GEOMETRY, 38, 9), queries(GEOMETRY), num_last=9)
+        layer.append(k[:, :, 301:], v[:, :, 301:])
+        assert_attends(layer, k, v, pick(GEOMETRY, 750, 9), queries(GEOMETRY), num_first=5, num_last=9)
+
+
+def test_damaged_page_is_refused(tmp_path):
+    path = tmp_path / "kv"
+    with open_store(GEOMETRY, path) as store:
+        store.layers[0].append(*tokens(GEOMETRY, 400))
+    with open(path, "r+b") as f:
+        f.seek(12288 + 4096 + 10 * 4096 + 3)
+        f.write(b"\xff\x01\x02")
+    expected = re.escape(str(path)) + " is damaged: page 2 of layer 0, sequence 0, kv head 1"
+    with pytest.raises(PageStoreError, match=expected):
+        PageStore.open(path, max_host_bytes=1 << 20)
+    with PageStore.open(path, max_host_bytes=20 * GEOMETRY.page_bytes, verify=False) as store:
+        wanted = torch.tensor([1, 2], dtype=torch.int32).expand(1, 1, 1, 2)
+        for _ in range(2):
+            with pytest.raises(PageStoreError, match=expected):
+                store.layers[0].attend(queries(GEOMETRY), wanted)
+        store.layers[0].attend(queries(GEOMETRY), wanted + 2)
+        assert store.host.frames.num_used <= 20
+    other = PageGeometry(num_layers=2, num_kv_heads=2, head_dim=32, page_size=8, dtype=torch.float32)
+    with pytest.raises(PageStoreError, match="another geometry: head_dim_v 16 and not 32"):
+        PageStore.open(path, other, max_host_bytes=1 << 20, verify=False)
+
+
+def test_direct_io(tmp_path):
+    geometry = PageGeometry(num_layers=1, num_kv_heads=2, head_dim=64, page_size=16, dtype=torch.float32)
+    with open_store(geometry, tmp_path / "kv", frames=40, direct_io=True) as store:
+        k, v = tokens(geometry, 1000)
+        store.layers[0].append(k, v)
+        assert_attends(store.layers[0], k, v, pick(geometry, 63, 9), queries(geometry))
+        assert store.stats.bytes_read > 0
+    with pytest.raises(PageStoreError, match="pages of 1536 bytes are not multiples of 4096"):
+        open_store(GEOMETRY, tmp_path / "kv2", direct_io=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"k": (1, 3, 4, 32)}, r"`k` of a page store must have shape .* = \[1, 2, 4, 32\]; got \[1, 3, 4, 32\]"),
+        ({"v": (1, 2, 3, 16)}, r"`v` of a page store must have shape .* = \[1, 2, 4, 16\]; got \[1, 2, 3, 16\]"),
+        ({"dtype": torch.float16}, "must be torch.float32; got torch.float16"),
+        ({"q": (1, 3, 1, 32)}, r"`q` must have shape"),
+        ({"heads": 3}, "must have 1, num_kv_heads or num_q_heads heads"),
+        ({"block": 3}, "`block_size_k` must divide the page size 8; got 3"),
+    ],
+)
+def test_bad_input(change, message):
+    with open_store(GEOMETRY) as store:
+        layer = store.layers[0]
+        layer.append(*tokens(GEOMETRY, 20))
+        dtype = change.get("dtype", torch.float32)
+        k, v = (torch.zeros(change.get(x, (1, 2, 4, dim)), dtype=dtype) for x, dim in (("k", 32), ("v", 16)))
+        q = torch.zeros(change.get("q", (1, 4, 1, 32)))
+        indices = torch.zeros(1, change.get("heads", 2), 1, 2, dtype=torch.int32)
+        if {"k", "v", "dtype"} & set(change):
+            with pytest.raises(ValueError, match=message):
+                layer.append(k, v)
+        else:
+            with pytest.raises(ValueError, match=message):
+                layer.attend(q, indices, block_size_k=change.get("block"))
+        assert layer.num_tokens == 20
+
+
+def test_fetch_gives_pages_to_read_in_place(tmp_path):
+    with open_store(GEOMETRY, tmp_path / "kv", frames=40) as store:
+        k, v = tokens(GEOMETRY, 500)
+        store.layers[1].append(k, v)
+        q, pages = queries(GEOMETRY), pick(GEOMETRY, 63, 6)
+        with store.layers[1].fetch(pages[:, :, 0]) as part:
+            used = torch.full((2,), 500, dtype=torch.int32)
+            out, _ = longctx.gather_attention(
+                q.view(2, 2, 1, 32), part.k, part.v, pages.view(2, 1, 1, 6), block_size_k=8,
+                seqused_k=used, page_table=part.page_table,
+            )  # fmt: skip
+        expected, _ = longctx.gather_attention(q, k, v, pages, block_size_k=8)
+        torch.testing.assert_close(out.view_as(expected), expected)
