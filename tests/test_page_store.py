@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import longctx
-from cases import generator
 from longctx.store import PageGeometry, PageStore, PageStoreError
+from op_case import generator
 
 pytest.importorskip("longctx._host", reason="longctx._host was not built")
 GEOMETRY = PageGeometry(num_layers=2, num_kv_heads=2, head_dim=32, head_dim_v=16, page_size=8, dtype=torch.float32)
