@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 import longctx
 from longctx.cache import LongctxCache, make_cache
@@ -15,11 +16,20 @@ from transformers_models import tiny
 # Options with which a method reads every key.
 UNLIMITED: dict[str, dict[str, Any]] = {
     "dense": {},
+    "recycled": {"budget": 1000, "stride": 3},
+    "snapkv": {"budget": 1000},
+    "streaming": {"window_size": 1000},
 }
-# Of these, the ones with static shapes.
-STATIC = ("dense",)
-# And those that forget nothing, so that they can be taken back.
-LOSSLESS = ("dense",)
+# Options with which it does not, of a prompt of 60 tokens.
+LIMITED: dict[str, dict[str, Any]] = {
+    "recycled": {"budget": 20, "stride": 4},
+    "snapkv": {"budget": 30, "window_size": 10},
+    "streaming": {"num_sink_tokens": 3, "window_size": 20},
+}
+# Those with static shapes.
+STATIC = ("dense", "streaming")
+# Those that forget nothing, so that they can be taken back.
+LOSSLESS = ("dense", "recycled")
 # Float32 logits of sdpa itself lie up to 6e-5 from those of a float64 model.
 CLOSE = {"atol": 2e-4, "rtol": 1e-4}
 
@@ -28,8 +38,8 @@ def ours(name: str = "llama", **options: Any) -> PreTrainedModel:
     return longctx.apply(tiny(name, **options), "dense")
 
 
-def unlimited(model: PreTrainedModel, name: str, **options: Any) -> LongctxCache:
-    return make_cache(model.config, name, **{**UNLIMITED[name], **options})
+def make(model: PreTrainedModel, name: str, table: dict[str, dict[str, Any]], **options: Any) -> LongctxCache:
+    return make_cache(model.config, name, **{**table[name], **options})
 
 
 @torch.no_grad()
@@ -40,3 +50,41 @@ def logits(model: PreTrainedModel, input_ids: Tensor, cache: object = None, **op
 
 def generate(model: PreTrainedModel, input_ids: Tensor, cache: object = None, **options: Any) -> Tensor:
     return model.generate(input_ids, **{"past_key_values": cache, "max_new_tokens": 12, "do_sample": False, **options})
+
+
+def decode(model: PreTrainedModel, input_ids: Tensor, cache: object, num_prompt: int, step: int = 1) -> Tensor:
+    """Logits [batch, calls, vocab]: of the prompt, then of each `step` tokens."""
+    parts = [input_ids[:, :num_prompt], *input_ids[:, num_prompt:].split(step, dim=1)]
+    return torch.stack([logits(model, part, cache) for part in parts], dim=1)
+
+
+@torch.no_grad()
+def masked_run(
+    input_ids: Tensor, num_prompt: int, visible: Callable[[Tensor, Tensor], Tensor], *, name: str = "llama"
+) -> Tensor:
+    """Logits of the last prompt token and of every later one, of one dense run that is masked as a method says.
+
+    `visible(q, k)` gives the mask [batch, num_q_heads, seqlen, seqlen] of a layer, which counts below the prompt.
+    """
+
+    def attention(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, _: object, scaling: float, **__: object) -> Any:
+        length, group = q.shape[2], q.shape[1] // k.shape[1]
+        mask = visible(q, k)
+        mask[:, :, :num_prompt] = True
+        mask &= torch.ones(length, length, dtype=torch.bool).tril()
+        scores = q @ k.repeat_interleave(group, 1).transpose(2, 3) * scaling
+        weights = scores.masked_fill(~mask, float("-inf")).softmax(-1)
+        return (weights @ v.repeat_interleave(group, 1)).transpose(1, 2).contiguous(), None
+
+    AttentionInterface.register("masked", attention)
+    AttentionMaskInterface.register("masked", lambda *_, **__: None)
+    model = tiny(name, attn_implementation="masked")
+    return model(input_ids).logits[:, num_prompt - 1 :]
+
+
+def mass(q: Tensor, k: Tensor, row: int) -> Tensor:
+    """Softmax of query `row` over the keys up to it: [batch, num_q_heads, seqlen], zero behind."""
+    group = q.shape[1] // k.shape[1]
+    scores = (q[:, :, row : row + 1] @ k.repeat_interleave(group, 1).transpose(2, 3))[:, :, 0] * q.shape[3] ** -0.5
+    scores[..., row + 1 :] = float("-inf")
+    return scores.softmax(-1)

@@ -11,7 +11,7 @@ import torch
 from transformers import CompileConfig
 
 import longctx
-from cache_cases import CLOSE, LOSSLESS, STATIC, UNLIMITED, generate, logits, ours, unlimited
+from cache_cases import CLOSE, LOSSLESS, STATIC, UNLIMITED, generate, logits, make, ours
 from longctx.cache import DenseCache, LongctxLayer, load, make_cache
 from transformers_models import padding, tiny, tokens
 
@@ -35,7 +35,7 @@ INPUT, MASK = tokens(2, 40), padding([40, 23], "left")
 )
 def test_generates_what_the_dense_model_does(name: str, options: dict[str, Any]) -> None:
     model = ours()
-    cache = unlimited(model, name)
+    cache = make(model, name, UNLIMITED)
     assert torch.equal(generate(model, INPUT, cache, **options), generate(tiny("llama"), INPUT, **options))
     assert cache.get_seq_length() == 51
     assert cache.stats().layers[0].tokens == 11
@@ -51,7 +51,7 @@ def test_static_shapes_and_compiled(name: str) -> None:
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     for options in ({}, {"compile_config": compiled}):
-        cache = unlimited(model, name, max_cache_len=64)
+        cache = make(model, name, UNLIMITED, max_cache_len=64)
         assert torch.equal(generate(model, INPUT, cache, attention_mask=MASK, **options), expected)
         assert cache.layers[0].keys.shape[2] == 64
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
@@ -63,7 +63,7 @@ def test_static_shapes_and_compiled(name: str) -> None:
 @pytest.mark.parametrize("name", LOSSLESS)
 def test_crop_fork_rewind_and_drafts(name: str) -> None:
     model, dense = ours(), tiny("llama")
-    cache = unlimited(model, name)
+    cache = make(model, name, UNLIMITED)
     logits(model, INPUT[:, :30], cache, attention_mask=MASK[:, :30])
     past = {}
     for fork in (cache.fork(), copy.deepcopy(cache)):
@@ -79,7 +79,7 @@ def test_crop_fork_rewind_and_drafts(name: str) -> None:
     found = logits(model, INPUT[:, 30:31], cache, attention_mask=MASK[:, :31])
     torch.testing.assert_close(found, logits(dense, INPUT[:, :31], attention_mask=MASK[:, :31]), **CLOSE)
     repeated = tokens(1, 6).repeat(1, 6)  # whose continuation a look-up guesses, partly wrong
-    speculative = generate(model, repeated, unlimited(model, name), prompt_lookup_num_tokens=4)
+    speculative = generate(model, repeated, make(model, name, UNLIMITED), prompt_lookup_num_tokens=4)
     assert torch.equal(speculative, generate(dense, repeated))
     cache.reset()
     assert torch.equal(generate(model, INPUT, cache), generate(dense, INPUT))
@@ -88,7 +88,7 @@ def test_crop_fork_rewind_and_drafts(name: str) -> None:
 @pytest.mark.parametrize("name", UNLIMITED)
 def test_batch_operations_and_files(name: str, tmp_path: Path) -> None:
     model, dense = ours(), tiny("llama")
-    cache = unlimited(model, name)
+    cache = make(model, name, UNLIMITED)
     logits(model, INPUT, cache, attention_mask=MASK)
     logits(model, INPUT[:, :1], cache, attention_mask=padding([41, 24], "left"))
     cache.batch_repeat_interleave(2)

@@ -9,8 +9,11 @@ from longctx.cache.base import CallContext, Counts, LongctxLayer
 from longctx.cache.cache import LongctxCache
 from longctx.cache.dense import DenseCache
 from longctx.cache.make import load, make_cache
+from longctx.cache.recycled import RecycledCache
+from longctx.cache.snapkv import SnapKVCache
 from longctx.cache.stats import CacheStats
 from longctx.cache.storage import Storage
+from longctx.cache.streaming import StreamingCache
 
 __all__ = [
     "CacheStats",
@@ -19,7 +22,10 @@ __all__ = [
     "DenseCache",
     "LongctxCache",
     "LongctxLayer",
+    "RecycledCache",
+    "SnapKVCache",
     "Storage",
+    "StreamingCache",
     "load",
     "make_cache",
 ]

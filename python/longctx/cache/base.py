@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import CacheLayerMixin
 
 from longctx.cache.storage import Storage
-from longctx.ops import attention
+from longctx.ops import attention, gather_kv
 from longctx.prefill import AttentionContext
 
 # The attribute of a keys tensor that names its layer.
@@ -57,11 +57,11 @@ class Counts:
 class LongctxLayer(CacheLayerMixin):
     """One layer of a cache: keys and values in growing storages; by itself, a dense cache.
 
-    A method overrides `attend` and, where it prepares or drops keys, `prefilled` and `cropped`. They see `k` and `v`
-    `[batch, num_kv_heads, n, dim]` with the call's own tokens at the end, and a context whose `seqused_k` (int32
-    `[batch]`, or None: all `n`) says how many keys each row has: rows differ in length after a left-padded prompt,
-    whose padding is dropped. With `max_cache_len` shapes are static, `seqused_k` is always given and `n` is the
-    capacity, and nothing is read on the host.
+    A method overrides `attend` and, where it prepares or drops keys, `prefilled`, `make_room` and `cropped`. The first
+    two see `k` and `v` `[batch, num_kv_heads, n, dim]` with the call's own tokens at the end, and a context whose
+    `seqused_k` (int32 `[batch]`, or None: all `n`) says how many keys each row has: rows differ in length after a
+    left-padded prompt, whose padding is dropped. With `max_cache_len` shapes are static, `seqused_k` is always given,
+    `n` is the capacity, and nothing is read on the host.
 
     A method keeps its state beside keys and values in attributes that it names in `STATE`: each None, a `Storage`, or a
     tensor `[batch, ...]` that is replaced rather than written in place (with static shapes: written in place rather
@@ -118,6 +118,9 @@ class LongctxLayer(CacheLayerMixin):
     def prefilled(self, q: Tensor, k: Tensor, v: Tensor, context: CallContext) -> None:
         """Called after a longer call has run and its tokens were counted; its queries stand at the last keys."""
 
+    def make_room(self, seqlen_q: int) -> None:
+        """Called before the tokens of a call are written: the time to drop keys."""
+
     def cropped(self) -> None:
         """Called after the last keys were taken away: forget what was made of them."""
 
@@ -131,20 +134,19 @@ class LongctxLayer(CacheLayerMixin):
             self.counts.keys_read += min(keys_read, self.slots + seqlen_q) * seqlen_q
             self.counts.keys_stored += (int(self.seen) + seqlen_q) * seqlen_q
 
-    def keep(self, indices: Tensor) -> None:
-        """Drops all keys but those at int64 `indices [batch, num_kv_heads or 1, n]`, whose order they take."""
-        if self.max_cache_len is not None:
-            raise NotImplementedError(f"longctx: {type(self).__name__} drops keys, and cannot with `max_cache_len`")
-        assert self._k is not None
-        assert self._v is not None
-        for name, storage in (("_k", self._k), ("_v", self._v)):
-            index = indices[..., None].expand(*storage.data.shape[:2], -1, storage.data.shape[3])
-            kept = storage.data.gather(2, index)
-            fresh = Storage.like(kept, kept.shape[2] + kept.shape[2] // 4 + 64)
-            fresh.data[:, :, : kept.shape[2]] = kept
-            fresh.end = kept.shape[2]
-            setattr(self, name, fresh)
+    def keep(self, indices: Tensor, counts: Tensor | None = None, rows: Tensor | None = None) -> None:
+        """Drops all keys but those at ascending int32 `indices [batch, 1 or num_kv_heads, n]`, of each row's `counts`.
+
+        Args:
+            counts: int32 `[batch, heads]`, as `topk_select` returns it.
+            rows: int32 `[batch]`, keys that each row then has. `None`: `n`.
+        """
+        assert self.keys is not None
+        assert self.values is not None
+        kept = gather_kv(self.keys, self.values, indices, counts)
         self.slots = indices.shape[2]
+        self._k, self._v = (Storage(x).writable(self.slots, self.slots + 1, self.slots) for x in kept)
+        self.rows = rows
         self.evicted = True
 
     # For the attention function.
@@ -275,6 +277,8 @@ class LongctxLayer(CacheLayerMixin):
         assert self._k is not None
         assert self._v is not None
         new = key_states.shape[2]
+        if self.filled:
+            self.make_room(new)
         end = self.slots
         if self.max_cache_len is None:
             end += new

@@ -26,22 +26,29 @@ class LongctxCache(Cache):
         layer_type: what its layers are.
         options: keywords of `layer_type`, beside config and index.
         max_cache_len: room for so many tokens, allocated once: static shapes, for a compiled `generate`. `None` grows.
+        handles: further keywords of `layer_type` that no file can hold.
     """
 
     name: ClassVar[str]
     layers: list[LongctxLayer]  # type: ignore[assignment]
 
     def __init__(
-        self, config: Any, layer_type: type[LongctxLayer], options: dict[str, Any], max_cache_len: int | None
+        self,
+        config: Any,
+        layer_type: type[LongctxLayer],
+        options: dict[str, Any],
+        max_cache_len: int | None = None,
+        **handles: Any,
     ) -> None:
         self.config = config.get_text_config(decoder=True)
         self.options = options
         self.max_cache_len = max_cache_len
-        if max_cache_len is not None and max_cache_len < 1:
-            raise ValueError(f"longctx: `max_cache_len` must be at least 1; got {max_cache_len}")
+        if max_cache_len is not None:
+            require("max_cache_len", max_cache_len, at_least=1)
         _refuse(self.config)
+        options = {**options, **handles, "max_cache_len": max_cache_len}
         layers = range(self.config.num_hidden_layers)
-        super().__init__(layers=[layer_type(self.config, i, max_cache_len=max_cache_len, **options) for i in layers])
+        super().__init__(layers=[layer_type(self.config, i, **options) for i in layers])
 
     def __repr__(self) -> str:
         options = ", ".join(f"{name}={value!r}" for name, value in self.options.items())
@@ -104,6 +111,12 @@ class LongctxCache(Cache):
                 setattr(layer, name, value if end is None else Storage(value, end))
             for name in layer.PLAIN:
                 setattr(layer, name, entry[name])
+
+
+def require(option: str, value: int, *, at_least: int, odd: bool = False) -> None:
+    """The one message format of option checks."""
+    if value < at_least or (odd and value % 2 == 0):
+        raise ValueError(f"longctx: `{option}` must be {'odd and ' * odd}at least {at_least}; got {value}")
 
 
 def _refuse(config: Any) -> None:

@@ -33,15 +33,18 @@ def make_cache(config: Any, name: str, **options: Any) -> LongctxCache:
     return cache
 
 
-def load(path: str | Path, config: Any, *, device: str | torch.device = "cpu") -> LongctxCache:
-    """The cache that `LongctxCache.save` wrote to `path`, on `device`, for the model that `config` belongs to."""
+def load(path: str | Path, config: Any, *, device: str | torch.device = "cpu", **handles: Any) -> LongctxCache:
+    """The cache that `LongctxCache.save` wrote to `path`, on `device`, for the model that `config` belongs to.
+
+    `handles` are options that a file cannot hold, such as the `rope` of `StreamingCache`.
+    """
     with safe_open(path, framework="pt", device=str(device)) as file:
         metadata = file.metadata() or {}
         if metadata.get("format") != FORMAT:
             raise ValueError(f"longctx: `path` must be a file that a cache saved; got {path}")
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (safetensors has no iteration)
     header = json.loads(metadata["longctx"])
-    cache = make_cache(config, header["name"], **header["options"])
+    cache = make_cache(config, header["name"], **header["options"], **handles)
     cache.restore(header["layers"], tensors)
     return cache
 

@@ -9,8 +9,9 @@ as a function, which becomes `key_ranges`: two integers a query row instead of a
 
 from longctx.integrations.transformers.model import apply, remove, stats, using
 from longctx.integrations.transformers.registration import register
+from longctx.integrations.transformers.rope import find_rope
 from longctx.integrations.transformers.stats import LayerStats, Stats
 
-__all__ = ["LayerStats", "Stats", "apply", "register", "remove", "stats", "using"]
+__all__ = ["LayerStats", "Stats", "apply", "find_rope", "register", "remove", "stats", "using"]
 
 register()

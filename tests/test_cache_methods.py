@@ -1,0 +1,143 @@
+"""Each method with a budget, against a dense run that is masked by its definition, and its options."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from cache_cases import CLOSE, LIMITED, decode, generate, logits, make, masked_run, mass, ours
+from longctx.cache import RecycledCache, SnapKVCache, StreamingCache, load
+from longctx.integrations.transformers import find_rope
+from transformers_models import padding, tokens
+
+pytestmark = [
+    pytest.mark.runs_on("cpu", reason="caches are Python over ops that are tested everywhere"),
+    pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning"),
+]
+PROMPT = 60
+INPUT = tokens(2, PROMPT + 10, seed=1)
+
+
+def by_kv_head(x: Tensor, num_kv_heads: int) -> Tensor:
+    """Mean over the query heads of each kv head."""
+    return x.unflatten(1, (num_kv_heads, -1)).mean(2)
+
+
+def chosen(scores: Tensor, k: int) -> Tensor:
+    """The k best of each row as a mask."""
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, scores.topk(k, dim=-1).indices, True)
+
+
+@pytest.mark.parametrize("name", LIMITED)
+def test_rows_of_a_padded_batch_decode_as_alone(name: str) -> None:
+    model = ours()
+    mask = padding([PROMPT, 41], "left")
+    cache = make(model, name, LIMITED)
+    batch = generate(model, INPUT[:, :PROMPT], cache, attention_mask=mask, max_new_tokens=30)
+    assert cache.stats().share < 0.9
+    for row, length in ((0, PROMPT), (1, 41)):
+        alone = INPUT[row : row + 1, PROMPT - length : PROMPT]
+        expected = generate(model, alone, make(model, name, LIMITED), max_new_tokens=30)
+        assert torch.equal(batch[row, PROMPT:], expected[0, length:])
+
+
+def test_streaming_sees_sinks_and_window() -> None:
+    """Long enough for keys to be dropped, several times; several tokens a call too."""
+    model, input_ids = ours(), tokens(2, 160, seed=2)
+
+    def visible(q: Tensor, k: Tensor) -> Tensor:
+        row, key = torch.arange(160)[:, None], torch.arange(160)
+        return ((key < 3) | (key > row - 20)).expand(2, 4, -1, -1).clone()
+
+    expected = masked_run(input_ids, PROMPT, visible)
+    cache = StreamingCache(model.config, num_sink_tokens=3, window_size=20)
+    torch.testing.assert_close(decode(model, input_ids, cache, PROMPT), expected, **CLOSE)
+    assert cache.layers[0].keys.shape[2] < 45
+    assert cache.get_seq_length() == 160
+    assert not cache.is_croppable
+    with pytest.raises(NotImplementedError, match="dropped keys cannot be cropped"):
+        cache.rewind(1)
+    cache = StreamingCache(model.config, num_sink_tokens=3, window_size=20)
+    torch.testing.assert_close(decode(model, input_ids, cache, PROMPT, step=10), expected[:, ::10], **CLOSE)
+
+
+def test_streaming_counts_positions_in_the_cache(tmp_path: Path) -> None:
+    """One layer: a long text gives what its first and last tokens give next to each other."""
+    model = ours(num_hidden_layers=1)
+    rope = find_rope(model)
+    input_ids = tokens(2, 100, seed=3)
+    cache = StreamingCache(model.config, num_sink_tokens=3, window_size=20, rope=rope)
+    found = decode(model, input_ids, cache, 20)[:, -1]
+    expected = logits(model, torch.cat([input_ids[:, :3], input_ids[:, -20:]], dim=1))
+    torch.testing.assert_close(found, expected, **CLOSE)
+    true = decode(model, input_ids, StreamingCache(model.config, num_sink_tokens=3, window_size=20), 20)[:, -1]
+    assert not torch.allclose(true, expected, atol=1e-2)
+    cache.save(tmp_path / "cache")
+    again = [logits(model, input_ids[:, :1], c) for c in (load(tmp_path / "cache", model.config, rope=rope), cache)]
+    assert torch.equal(*again)
+
+
+def test_snapkv_keeps_what_the_end_of_the_prompt_looks_at() -> None:
+    model = ours()
+
+    def visible(q: Tensor, k: Tensor) -> Tensor:
+        votes = by_kv_head(sum(mass(q, k, row)[..., :PROMPT] for row in range(PROMPT - 10, PROMPT)), 2)
+        pooled = torch.nn.functional.avg_pool1d(votes, 5, stride=1, padding=2)
+        pooled[..., -10:] = float("inf")
+        seen = torch.ones(2, 2, 70, dtype=torch.bool)
+        seen[..., :PROMPT] = chosen(pooled, 30)
+        return seen.repeat_interleave(2, 1)[:, :, None].repeat(1, 1, 70, 1)
+
+    expected = masked_run(INPUT, PROMPT, visible)
+    cache = SnapKVCache(model.config, budget=30, window_size=10)
+    torch.testing.assert_close(decode(model, INPUT, cache, PROMPT), expected, **CLOSE)
+    assert cache.layers[1].keys.shape == (2, 2, 40, 16)
+
+
+@pytest.mark.parametrize("reduce", ["mean", "max"])
+def test_recycled_recycles(reduce: str) -> None:
+    """Full steps at 60, 65, 70; between them what they found, and the tokens since."""
+    model = ours()
+
+    def visible(q: Tensor, k: Tensor) -> Tensor:
+        seen = torch.ones(2, 4, 70, 70, dtype=torch.bool)
+        for full in (60, 65):
+            votes = mass(q, k, full)[..., : full + 1].unflatten(1, (2, 2))
+            votes = votes.mean(2) if reduce == "mean" else votes.amax(2)
+            seen[:, :, full + 1 : full + 5, : full + 1] = chosen(votes, 20).repeat_interleave(2, 1)[:, :, None]
+        return seen
+
+    expected = masked_run(INPUT, PROMPT, visible)
+    cache = RecycledCache(model.config, budget=20, stride=4, reduce=reduce)
+    torch.testing.assert_close(decode(model, INPUT, cache, PROMPT), expected, **CLOSE)
+    assert cache.stats().layers[0].keys_read == 61 + 21 + 22 + 23 + 24 + 66 + 21 + 22 + 23 + 24
+
+
+def test_recycled_takes_a_full_step_when_queries_turn_away() -> None:
+    model = ours()
+    reads = {}
+    for similarity in (None, -1.0, 1.01):
+        cache = RecycledCache(model.config, budget=20, stride=50, similarity=similarity)
+        decode(model, INPUT, cache, PROMPT)
+        reads[similarity] = cache.stats().layers[0].keys_read
+    assert reads[None] == reads[-1.0] == 61 + sum(20 + since for since in range(1, 10))
+    assert reads[1.01] == sum(range(61, 71))
+
+
+@pytest.mark.parametrize(
+    ("cls", "options", "match"),
+    [
+        (StreamingCache, {"window_size": 0}, "`window_size` must be at least 1; got 0"),
+        (StreamingCache, {"num_sink_tokens": -1}, "`num_sink_tokens` must be at least 0; got -1"),
+        (SnapKVCache, {"pool_size": 4}, "`pool_size` must be odd and at least 1; got 4"),
+        (SnapKVCache, {"budget": 60}, "`budget` must be at least 64; got 60"),
+        (RecycledCache, {"stride": 0}, "`stride` must be at least 1; got 0"),
+        (RecycledCache, {"reduce": "sum"}, "`reduce` must be 'mean' or 'max'; got 'sum'"),
+    ],
+)
+def test_options_out_of_range(cls: type, options: dict[str, int], match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        cls(ours().config, **options)
