@@ -60,10 +60,10 @@ def in_float64(call: Call) -> Call:
 def selection(call: Call) -> Selection:
     """What a gather_attention call adds to its scores, and where its keys stand."""
     options = {"block_size_k": 1, "num_first": 0, "num_last": 0, "k_position_step": 1}
-    options |= dict.fromkeys(("counts", "bias", "k_positions", "q_positions", "seqused_k"))
+    options |= dict.fromkeys(("counts", "bias", "tree_mask", "k_positions", "q_positions", "seqused_k"))
     options |= pick(call, tuple(options))
     options["num_positions"] = None if call.get("rope_cos_sin") is None else len(call["rope_cos_sin"])
-    sizes = {"num_q_heads": call["q"].shape[1], "seqlen_k": call["k"].shape[2]}
+    sizes = {"num_q_heads": call["q"].shape[1], "seqlen_q": call["q"].shape[2], "seqlen_k": call["k"].shape[2]}
     return selected_keys(call["indices"], **sizes, **options)
 
 
@@ -75,7 +75,7 @@ def added_scores(call: Call) -> Tensor:
 def rotated_rows(call: Call, dtype: torch.dtype) -> Call:
     """The call with q and k rotated in `dtype` beforehand, each row of q a batch entry."""
     q, k, v = (call[name].to(dtype) for name in ("q", "k", "v"))
-    added, positions = selection(call)
+    added, positions, _ = selection(call)
     batch, heads, seqlen_q, seqlen_k = added.shape
     rows, table = batch * heads * seqlen_q, call["rope_cos_sin"]
     stands_at = token_positions(batch, seqlen_q, seqlen_k, call.get("q_positions"), call.get("seqused_k"))

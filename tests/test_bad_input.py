@@ -35,7 +35,8 @@ def misshaped(name: str, tensor: Tensor) -> Iterator[Change]:
 def mistyped(name: str, tensor: Tensor) -> Iterator[Change]:
     wrong = {torch.float32: (torch.float64, torch.bfloat16), torch.int32: (torch.int64,), torch.int64: (torch.int32,)}
     for dtype in (*wrong.get(tensor.dtype, ()), torch.uint8, torch.complex64, torch.bool):
-        yield f"{name} of dtype {dtype}", name, tensor.to(dtype)
+        if dtype != tensor.dtype:
+            yield f"{name} of dtype {dtype}", name, tensor.to(dtype)
 
 
 def restrided(name: str, tensor: Tensor, case: OpCase) -> Iterator[Change]:

@@ -100,6 +100,31 @@ def gathered_roped(dtype: torch.dtype) -> Call:
     }
 
 
+def gathered_tree(dtype: torch.dtype) -> Call:
+    """Five speculative tokens of a tree that share their entries; every result."""
+    call = gathered(
+        dtype, num_q_heads=6, num_kv_heads=3, index_heads=3, seqlen_q=5, num_entries=9, block_size_k=8, seed=95
+    )
+    parents = [torch.tensor([0, 0, 0, 1, 1]), torch.tensor([0, 0, 1, 2, 3])]
+    mask = torch.eye(5, dtype=torch.bool).repeat(2, 1, 1)
+    for b, parent in enumerate(parents):
+        for i in range(1, 5):
+            mask[b, i] |= mask[b, parent[i]]
+    depth = mask.sum(dim=-1).int()
+    return call | {
+        "indices": call["indices"][:, :, :1].contiguous(),
+        "bias": randn(2, 3, 1, 9, seed=97),
+        "counts": torch.full((2, 3, 1), 8, dtype=torch.int32),
+        "tree_mask": mask,
+        "num_first": 2,
+        "num_last": 9,
+        "q_positions": 69 + depth,
+        "rope_cos_sin": rope_table(75, 16),
+        "return_key_mass": True,
+        "return_block_states": True,
+    }
+
+
 def placed(argument: str, value: int) -> Invalid:
     """The roped call with the first element of `argument` replaced; its first entry lists a block."""
     call = gathered_roped(torch.float32)
@@ -137,6 +162,7 @@ CASES = (
             "all_options": gathered_all_options,
             "paged": gathered_paged,
             "roped": gathered_roped,
+            "tree": gathered_tree,
         },
         illegal={name: ILLEGAL_OPTIONS[name] for name in ("softmax_scale", "softcap")}
         | {
@@ -155,7 +181,8 @@ CASES = (
             {"paged: v.size(3)+1", "paged: page_table.size(1)+1", "paged: page_table.size(1)=0"}
             | {f"all_options: {change}" for change in ("v.size(3)+1", "indices.size(3)+1", "indices.size(3)=0")}
             | {"roped: v.size(3)+1", "roped: rope_cos_sin.size(0)+1", "roped: rope_cos_sin.size(0)=0"}
-            | {"roped: rope_cos_sin.size(2)+1", "roped: k.size(2)+1", "roped: k.size(2)=0"}
+            | {"roped: rope_cos_sin.size(2)+1"}
+            | {"tree: v.size(3)+1", "tree: rope_cos_sin.size(0)+1", "tree: rope_cos_sin.size(0)=0"}
         ),
         growing={"k": 2, "v": 2, "indices": 3},
         invalid={why: INVALID_SEQUENCES[why] for why in ("seqused_k past the keys", "seqused_k negative")}

@@ -84,7 +84,7 @@ class VisibleKeys {
 };
 
 // Units are (batch entry, kv head).
-class Source {
+class Source : public FewRowsSource {
  public:
   using Keys = VisibleKeys;
 
@@ -123,7 +123,6 @@ class Source {
     return row_address(p_.q, element_bytes(p_.dtype), unit / p_.num_kv_heads, head(unit, row),
                        row / job_.heads);
   }
-  const float* query_rope(int64_t, int64_t) const { return nullptr; }
   FewRowsOutput output(int64_t unit, int64_t row) const {
     const int64_t batch = unit / p_.num_kv_heads, token = row / job_.heads;
     const int64_t flat = (batch * p_.num_q_heads + head(unit, row)) * p_.seqs.seqlen_q + token;

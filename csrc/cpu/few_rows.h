@@ -33,7 +33,8 @@ struct KeyList {
   const void* v_rows[kListKeys];  // -> [head_dim_v]
   const float* rope[kListKeys];   // -> [2, rotary_dim / 2] of the key's position; with a rotary_dim
   bool has_bias = false;
-  float bias[kListKeys];  // added to the scores
+  float bias[kListKeys];       // added to the scores
+  int32_t entries[kListKeys];  // where their weights are summed (EntryMass), if anywhere
 };
 
 // What some keys contribute to one query row, unnormalised, in T (float, or double for float64).
@@ -49,6 +50,13 @@ struct PartialRow {
   T* values() const { return data + kHead; }  // [head_dim_v] weighted sum of values
 };
 
+// Weights of some keys for one query row: of value sum * exp(reference), in T. No key: all zero.
+template <class T>
+struct EntryMass {
+  T reference;
+  T sum;
+};
+
 struct FewRowsEngine {
   // Scratch, in bytes: packed queries and states of num_rows rows, and what a call works on.
   int64_t (*query_bytes)(const FewRowsShape&, int64_t num_rows);
@@ -60,9 +68,10 @@ struct FewRowsEngine {
                        int64_t num_rows, void* queries);
   void (*reset)(const FewRowsShape&, int64_t num_rows, void* state);
   // s = q k^T + bias, online softmax, acc += p v. `next` (or null) is the list of the next call:
-  // its first rows of K are prefetched.
+  // its first rows of K are prefetched. masses[r] (or masses null) are EntryMass of row r, by the
+  // entry of a key.
   void (*accumulate)(const FewRowsShape&, int64_t num_rows, const void* queries, const KeyList&,
-                     const KeyList* next, void* work, void* state);
+                     const KeyList* next, void* const* masses, void* work, void* state);
   // partials[r] is the data of a PartialRow.
   void (*store)(const FewRowsShape&, int64_t num_rows, const void* state, void* const* partials);
   // Joins `count` partial rows, `stride` elements apart, of one query row. sink (or null) is one

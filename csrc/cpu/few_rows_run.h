@@ -25,6 +25,7 @@ struct FewRowsJob {
   int64_t heads = 1;         // rows of a token; row t * heads + h is head h of token t
   int64_t num_segments = 1;  // of the keys that all rows of a unit see
   bool own_keys = false;     // tokens see keys of their own as well
+  int64_t num_masses = 0;    // EntryMass of a row; 0: not wanted
 
   int64_t num_rows() const { return num_tokens * heads; }
   int64_t items_per_unit() const { return num_segments + (own_keys ? num_tokens : 0); }
@@ -39,16 +40,29 @@ inline int64_t choose_segments(int64_t num_keys, int64_t num_units) {
   return std::max<int64_t>(std::min(by_length, by_items), 1);
 }
 
-// Source says which rows and keys there are:
+// Source says which rows and keys there are, and where results go:
 //   Keys keys(unit, segment): segments from num_segments on are the own keys of their tokens;
 //   bool Keys::next(KeyList*): the next keys; false when none is left;
 //   const void* query(unit, row);
-//   const float* query_rope(unit, row): of the row's position; null: not rotated;
-//   Output output(unit, row).
+//   FewRowsOutput output(unit, row);
+// and, where FewRowsSource does not do:
+//   const float* query_rope(unit, row): angles of the row's position; null: not rotated;
+//   void reduce_masses(EntryMass* [num_units][num_rows][num_masses]): when all else is done.
 struct FewRowsOutput {
-  void* out;          // [head_dim_v]
-  void* lse;          // float, or double for float64
-  const float* sink;  // or null
+  void* out;  // [head_dim_v]
+  void* lse;  // float, or double for float64
+  const float* sink = nullptr;
+  // Of each segment alone, if wanted: segment i goes this many bytes behind segment 0.
+  void* segment_out = nullptr;
+  void* segment_lse = nullptr;
+  int64_t segment_out_step = 0;
+  int64_t segment_lse_step = 0;
+};
+
+struct FewRowsSource {
+  const float* query_rope(int64_t, int64_t) const { return nullptr; }
+  template <class T>
+  void reduce_masses(const EntryMass<T>*) const {}
 };
 
 template <class T, class Source>
@@ -57,13 +71,15 @@ class FewRowsWorker {
   using Keys = typename Source::Keys;
 
   FewRowsWorker(const FewRowsEngine& engine, const FewRowsJob& job, const Source& source,
-                char* partials)
+                char* partials, EntryMass<T>* masses)
       : engine_(engine),
         job_(job),
         source_(source),
         partials_(partials),
+        masses_(masses),
         rows_(job.num_rows()),
-        rope_(job.num_rows()) {
+        rope_(job.num_rows()),
+        mass_rows_(job.num_rows()) {
     ScratchPlan plan;
     const size_t queries = plan.add<char>(engine.query_bytes(job.shape, job.num_rows()));
     const size_t state = plan.add<char>(engine.state_bytes(job.shape, job.num_rows()));
@@ -98,6 +114,7 @@ class FewRowsWorker {
     for (int64_t r = 0; r < num_rows; ++r) {
       rows_[r] = const_cast<void*>(source_.query(unit, first_row + r));
       rope_[r] = source_.query_rope(unit, first_row + r);
+      mass_rows_[r] = masses_ + (unit * job_.num_rows() + first_row + r) * job_.num_masses;
     }
     engine_.pack_queries(job_.shape, rows_.data(), rope_.data(), num_rows, queries_);
     engine_.reset(job_.shape, num_rows, state_);
@@ -105,7 +122,8 @@ class FewRowsWorker {
       more = keys_.next(ahead_list_);
       if (!more) look_ahead(item + num_threads);
       engine_.accumulate(job_.shape, num_rows, queries_, *list_,
-                         ahead_list_->count > 0 ? ahead_list_ : nullptr, work_, state_);
+                         ahead_list_->count > 0 ? ahead_list_ : nullptr,
+                         job_.num_masses > 0 ? mass_rows_.data() : nullptr, work_, state_);
       if (more) std::swap(list_, ahead_list_);
     }
     for (int64_t r = 0; r < num_rows; ++r) {
@@ -119,6 +137,11 @@ class FewRowsWorker {
     const int64_t unit = row / job_.num_rows();
     const int64_t r = row % job_.num_rows();
     const FewRowsOutput output = source_.output(unit, r);
+    for (int64_t i = 0; output.segment_out != nullptr && i < job_.num_segments; ++i) {
+      engine_.merge(job_.shape, partial(unit, r, i), PartialRow<T>::size(job_.shape.head_dim_v), 1,
+                    nullptr, static_cast<char*>(output.segment_out) + i * output.segment_out_step,
+                    static_cast<char*>(output.segment_lse) + i * output.segment_lse_step);
+    }
     engine_.merge(job_.shape, partial(unit, r, 0), PartialRow<T>::size(job_.shape.head_dim_v),
                   job_.partials_per_row(), output.sink, output.out, output.lse);
   }
@@ -159,8 +182,10 @@ class FewRowsWorker {
   const FewRowsJob& job_;
   const Source& source_;
   char* partials_;
+  EntryMass<T>* masses_;
   std::vector<void*> rows_;         // [num_rows]
   std::vector<const float*> rope_;  // [num_rows]
+  std::vector<void*> mass_rows_;    // [num_rows]
   const FlushSubnormals flush_;
   char *queries_, *state_, *work_;
   KeyList *list_, *ahead_list_;
@@ -172,12 +197,14 @@ template <class T, class Source>
 void run_few_rows_as(const FewRowsEngine& engine, const FewRowsJob& job, const Source& source) {
   using Worker = FewRowsWorker<T, Source>;
   const std::unique_ptr<char[]> partials(new char[Worker::partial_bytes(job)]);
+  std::vector<EntryMass<T>> masses(job.num_units * job.num_rows() * job.num_masses);
   const int64_t num_threads = thread_pool().num_threads();
-  const auto worker = [&] { return Worker(engine, job, source, partials.get()); };
+  const auto worker = [&] { return Worker(engine, job, source, partials.get(), masses.data()); };
   for_each_item(job.num_units * job.items_per_unit(), worker,
                 [&](int64_t item, Worker& w) { w.run(item, num_threads); });
   for_each_item(job.num_units * job.num_rows(), worker,
                 [](int64_t row, Worker& w) { w.merge(row); });
+  if (job.num_masses > 0) source.reduce_masses(masses.data());
 }
 
 template <class Source>

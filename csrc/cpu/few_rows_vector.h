@@ -131,7 +131,8 @@ struct VectorFewRows {
   }
 
   static void accumulate(const FewRowsShape& shape, int64_t num_rows, const void* queries,
-                         const KeyList& list, const KeyList* next, void* work, void* state) {
+                         const KeyList& list, const KeyList* next, void* const* masses, void* work,
+                         void* state) {
     T* s = static_cast<T*>(work);
     T* wide_k = s + kStepKeys * 4;
     T* wide_v = wide_k + kStepKeys * round_up(shape.head_dim);
@@ -173,6 +174,8 @@ struct VectorFewRows {
           hide_padding<kRows>(step);
           // softmax update
           update_softmax<kRows>(shape, step, block);
+          if (masses != nullptr)
+            add_masses<kRows>(shape, step, block, list.entries + first, masses);
           // acc += p v
           if (v_in_place) {
             add_values<kRows>(shape, step, block, reinterpret_cast<const In* const*>(v_rows), keys);
@@ -451,6 +454,27 @@ struct VectorFewRows {
       p.store(step.s + i);
     }
     (V::load(st.sum) + sum).store(st.sum);
+  }
+
+  template <int kRows>
+  static void add_masses(const FewRowsShape& shape, const Step& step, int64_t block,
+                         const int32_t* entries, void* const* masses) {
+    constexpr int kKeys = kLanes / kRows;
+    const State st(step.state, block, kRows, round_up(shape.head_dim_v));
+    const int64_t rows = smaller(kRows, step.num_rows - block * kRows);
+    for (int64_t r = 0; r < rows; ++r) {
+      const T reference = st.reference[r * kKeys];
+      EntryMass<T>* of_row = static_cast<EntryMass<T>*>(masses[block * kRows + r]);
+      for (int64_t i = 0; i < step.count; ++i) {
+        const T weight = step.s[i / kKeys * kLanes + r * kKeys + i % kKeys];
+        EntryMass<T>& mass = of_row[entries[i]];
+        if (mass.reference != reference && mass.sum != 0) {
+          mass.sum *= static_cast<T>(::exp(mass.reference - reference));
+        }
+        mass.reference = reference;
+        mass.sum += weight;
+      }
+    }
   }
 
   template <int kRows>

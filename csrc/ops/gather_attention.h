@@ -20,9 +20,11 @@ inline int64_t fill_pages(const Checker& check, const Tensor& q, const Tensor& k
   return pages.max_pages * pages.page_size;
 }
 
+// One row for all tokens where dim 2 has size 1.
 template <class T>
 RowsView<T> rows_of(const Tensor& tensor) {
-  return {tensor.const_data_ptr<T>(), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
+  return {tensor.const_data_ptr<T>(), tensor.stride(0), tensor.stride(1),
+          tensor.size(2) == 1 ? 0 : tensor.stride(2)};
 }
 
 inline RopeParams rope_params(const Checker& check, const Tensor& q, const Tensor& indices,
@@ -47,7 +49,8 @@ inline RopeParams rope_params(const Checker& check, const Tensor& q, const Tenso
   if (k_positions) {
     check.same_device("k_positions", *k_positions, q);
     check.dtype("k_positions", *k_positions, ScalarType::Int);
-    check.shape("k_positions", *k_positions, "[batch, heads, seqlen_q, num_entries] of `indices`",
+    check.shape("k_positions", *k_positions,
+                "[batch, heads, seqlen_q or 1, num_entries] of `indices`",
                 {indices.size(0), indices.size(1), indices.size(2), indices.size(3)});
     check.contiguous_last_dim("k_positions", *k_positions);
     rope.k_positions = rows_of<int32_t>(*k_positions);
@@ -65,14 +68,27 @@ inline RopeParams rope_params(const Checker& check, const Tensor& q, const Tenso
   return rope;
 }
 
+inline RowsView<bool> tree_view(const Checker& check, const Tensor& q, const Tensor& tree_mask) {
+  check.same_device("tree_mask", tree_mask, q);
+  check.dtype("tree_mask", tree_mask, ScalarType::Bool);
+  check.shape("tree_mask", tree_mask, "[batch or 1, seqlen_q, seqlen_q]",
+              {kAnySize, q.size(2), q.size(2)});
+  const bool one = tree_mask.size(0) == 1;
+  check.require(one || tree_mask.size(0) == q.size(0), "tree_mask", "have batch or 1 entries",
+                to_text(tree_mask.sizes()));
+  check.contiguous_last_dim("tree_mask", tree_mask);
+  return {tree_mask.const_data_ptr<bool>(), one ? 0 : tree_mask.stride(0), 0, tree_mask.stride(1)};
+}
+
 template <void (*run)(const GatherAttentionParams&)>
-std::tuple<Tensor, Tensor> gather_attention(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gather_attention(
     const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& indices,
     const OptionalTensor& counts, int64_t block_size_k, int64_t num_first, int64_t num_last,
-    const OptionalTensor& bias, const OptionalTensor& k_positions, int64_t k_position_step,
-    const OptionalTensor& q_positions, const OptionalTensor& rope_cos_sin,
+    const OptionalTensor& bias, const OptionalTensor& tree_mask, const OptionalTensor& k_positions,
+    int64_t k_position_step, const OptionalTensor& q_positions, const OptionalTensor& rope_cos_sin,
     const OptionalTensor& seqused_k, const OptionalTensor& page_table,
-    std::optional<double> softmax_scale, double softcap) {
+    std::optional<double> softmax_scale, double softcap, bool return_key_mass,
+    bool return_block_states) {
   const Checker check("gather_attention");
   GatherAttentionParams params;
   const bool in_pages = page_table.has_value();
@@ -93,30 +109,34 @@ std::tuple<Tensor, Tensor> gather_attention(
 
   check.same_device("indices", indices, q);
   check.dtype("indices", indices, ScalarType::Int);
-  check.shape("indices", indices, "[batch, heads, seqlen_q, num_entries]",
-              {q.size(0), kAnySize, q.size(2), kAnySize});
-  const int64_t heads = indices.size(1);
+  check.shape("indices", indices, "[batch, heads, seqlen_q or 1, num_entries]",
+              {q.size(0), kAnySize, kAnySize, kAnySize});
+  const int64_t heads = indices.size(1), tokens = indices.size(2), num_entries = indices.size(3);
+  check.require(tokens == 1 || tokens == q.size(2), "indices", "have seqlen_q or 1 tokens",
+                to_text(indices.sizes()));
   check.require(heads == 1 || heads == k.size(1) || heads == q.size(1), "indices",
                 "have 1, num_kv_heads or num_q_heads heads", to_text(indices.sizes()));
   check.contiguous_last_dim("indices", indices);
   params.indices = rows_of<int32_t>(indices);
-  params.num_entries = indices.size(3);
+  params.num_entries = num_entries;
   params.index_heads = heads;
+  params.index_tokens = tokens;
   if (counts) {
     check.same_device("counts", *counts, q);
     check.dtype("counts", *counts, ScalarType::Int);
-    check.shape("counts", *counts, "[batch, heads, seqlen_q] of `indices`",
-                {q.size(0), heads, q.size(2)});
+    check.shape("counts", *counts, "[batch, heads, seqlen_q or 1] of `indices`",
+                {q.size(0), heads, tokens});
     params.counts = rows_of<int32_t>(*counts);
   }
   if (bias) {
     check.same_device("bias", *bias, q);
     check.dtype("bias", *bias, ScalarType::Float);
-    check.shape("bias", *bias, "[batch, heads, seqlen_q, num_entries] of `indices`",
-                {q.size(0), heads, q.size(2), indices.size(3)});
+    check.shape("bias", *bias, "[batch, heads, seqlen_q or 1, num_entries] of `indices`",
+                {q.size(0), heads, tokens, num_entries});
     check.contiguous_last_dim("bias", *bias);
     params.bias = rows_of<float>(*bias);
   }
+  if (tree_mask) params.tree_mask = tree_view(check, q, *tree_mask);
   params.rope =
       rope_params(check, q, indices, k_positions, k_position_step, q_positions, rope_cos_sin);
   constexpr int64_t kMaxBlock = int64_t{1} << 20;
@@ -142,8 +162,21 @@ std::tuple<Tensor, Tensor> gather_attention(
   params.head_dim_v = v.size(3);
   params.out = view_of(out);
   params.lse = lse.mutable_data_ptr();
+  const int64_t mass_batch = return_key_mass ? q.size(0) : 0;
+  const Tensor key_mass =
+      torch::stable::new_empty(q, {mass_batch, heads, tokens, num_entries + 1}, ScalarType::Float);
+  if (return_key_mass) params.key_mass = key_mass.mutable_data_ptr<float>();
+  const int64_t num_states = return_block_states ? num_entries + 1 : 0;
+  const Tensor block_out =
+      torch::stable::new_empty(q, {num_states, q.size(0), q.size(1), q.size(2), v.size(3)});
+  const Tensor block_lse =
+      torch::stable::new_empty(q, {num_states, q.size(0), q.size(1), q.size(2)}, lse_type);
+  if (return_block_states) {
+    params.block_out = block_out.mutable_data_ptr();
+    params.block_lse = block_lse.mutable_data_ptr();
+  }
   run(params);
-  return {out, lse};
+  return {out, lse, key_mass, block_out, block_lse};
 }
 
 }  // namespace longctx

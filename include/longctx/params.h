@@ -115,7 +115,8 @@ struct RopeParams {
 
 // Attention of each query token over its own set of keys: the listed ones and those that are
 // forced. With rope, the first keys stand at their indices, the last ones as far before the token's
-// position as before its place.
+// position as before its place; with a tree, at the positions of their tokens, and those before the
+// tree as far before the position of its first token.
 struct GatherAttentionParams {
   DType dtype = DType::kFloat32;
   SequenceParams seqs;
@@ -125,12 +126,16 @@ struct GatherAttentionParams {
   TensorView out;       // [batch, num_q_heads, seqlen_q, head_dim_v]
   void* lse = nullptr;  // [batch, num_q_heads, seqlen_q] float (double for float64)
   PagesParams pages;
-  RowsView<int32_t> indices;  // [batch, index_heads, seqlen_q, num_entries]: blocks of keys
+  RowsView<int32_t> indices;  // [batch, index_heads, seqlen_q, num_entries]: blocks of keys; a
+                              // row_stride of 0 where all tokens share a row
   RowsView<float> bias;       // like indices: added to the scores of an entry's keys; null: none
   RowsView<int32_t> counts;   // [batch, index_heads, seqlen_q]: entries that count; null: all
+  RowsView<bool> tree_mask;   // [batch, 1, seqlen_q]: -> [seqlen_q] which of the last seqlen_q keys
+                              // the token sees, if no later ones; null: all
   RopeParams rope;
   int64_t num_entries = 0;
   int64_t index_heads = 1;   // 1, num_kv_heads or num_q_heads
+  int64_t index_tokens = 1;  // seqlen_q, or 1: shared by all
   int64_t block_size_k = 1;  // keys of an entry
   int64_t num_first = 0;     // the first and the last keys a token may see are in its set
   int64_t num_last = 0;
@@ -140,6 +145,15 @@ struct GatherAttentionParams {
   int64_t head_dim_v = 0;
   double softmax_scale = 1.0;
   double softcap = 0.0;
+  // Probabilities of the keys of each entry and, last, of the forced keys, summed over the query
+  // heads and tokens that share the entry: [batch, index_heads, index_tokens, num_entries + 1],
+  // contiguous; null: not wanted.
+  float* key_mass = nullptr;
+  // Attention over each entry alone and, last, over the forced keys:
+  // [num_entries + 1, batch, num_q_heads, seqlen_q, head_dim_v] and [.., seqlen_q], contiguous;
+  // null: not wanted.
+  void* block_out = nullptr;
+  void* block_lse = nullptr;
 };
 
 // Rows of k and v by lists of keys: those of `counts`, in [0, seqused_k) and on a page that exists.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -21,6 +23,7 @@ def gather_attention(
     num_first: int = 0,
     num_last: int = 0,
     bias: Tensor | None = None,
+    tree_mask: Tensor | None = None,
     k_positions: Tensor | None = None,
     k_position_step: int = 1,
     q_positions: Tensor | None = None,
@@ -29,9 +32,11 @@ def gather_attention(
     page_table: Tensor | None = None,
     softmax_scale: float | None = None,
     softcap: float = 0.0,
+    return_key_mass: bool = False,
+    return_block_states: bool = False,
     validate: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """Softmax attention of each query token over its own set of keys, without copying them together.
+) -> tuple[Tensor, ...]:
+    """Softmax attention of a few query tokens over keys selected for them, without copying these together.
 
     `out[i] = sum_j softmax_j(softmax_scale * q[i] . k[j] + bias[j]) v[j]` over the keys `j` of token `i`'s set. Token
     `i` stands at key position `p = seqlen_k - seqlen_q + i` and its set never holds later keys: of the keys
@@ -43,17 +48,20 @@ def gather_attention(
             tokens. Any strides with a contiguous last dim, as for k and v.
         k: `[batch, num_kv_heads, seqlen_k, head_dim]`; `num_q_heads % num_kv_heads == 0`.
         v: `[batch, num_kv_heads, seqlen_k, head_dim_v]`.
-        indices: int32 `[batch, heads, seqlen_q, num_entries]`, heads 1, `num_kv_heads` or `num_q_heads`:
+        indices: int32 `[batch, heads, seqlen_q or 1, num_entries]`, heads 1, `num_kv_heads` or `num_q_heads`:
             entry `e` lists keys `[e * block_size_k, (e + 1) * block_size_k)`. With 1 or `num_kv_heads`
-            heads, all query heads of a kv head share one pass over its keys. Any order (ascending reads
-            fastest); negative entries and those past the visible keys are skipped. An entry must not be
-            listed twice.
-        counts: int32 `[batch, heads, seqlen_q]`: only so many first entries count. `None`: all.
+            heads, all query heads of a kv head share one pass over its keys; with 1 token (or a stride of 0),
+            all tokens. Any order (ascending reads fastest); negative entries and those past the visible keys
+            are skipped. An entry must not be listed twice.
+        counts: int32 `[batch, heads, seqlen_q or 1]`: only so many first entries count. `None`: all.
         block_size_k: keys of an entry: 1 for single tokens, else the page size of the selection.
         num_first, num_last: this many keys at the start and at the end of the visible ones belong to every
             set, once even if listed.
         bias: float32 like `indices`: added to the scores (after the softcap) of the keys of an entry; -inf
             leaves the entry out. Keys that `num_first` and `num_last` add have none.
+        tree_mask: bool `[batch or 1, seqlen_q, seqlen_q]`: token `i` sees the key of token `j <= i`, one of the last
+            `seqlen_q`, only where `tree_mask[.., i, j]`: speculative tokens that are a tree, parents first. `None`:
+            all of them.
         rope_cos_sin: float32 `[max_positions, 2, rotary_dim / 2]`, contiguous, `2 <= rotary_dim <= head_dim`: cosines
             and sines of the angles at each position. q and k are then given without a rotary embedding and
             rotated here, in float32: dims `d` and `d + rotary_dim / 2` turn together (the halves of Llama),
@@ -61,8 +69,9 @@ def gather_attention(
             have are skipped.
         k_positions: int32 like `indices`: where the first key of an entry stands, so that selected keys may move
             closer together. `None`: at its index in the sequence. A key that `num_first` adds stands at its
-            index, one that `num_last` adds as far before the token's position as it lies before the token
-            (list keys that should stand elsewhere as entries).
+            index, one that `num_last` adds as far before the token's position as it lies before the token; with
+            a `tree_mask`, the keys of the tokens stand at their `q_positions` and those before as far before
+            the first of these (list keys that should stand elsewhere as entries).
         k_position_step: 1: the next keys of an entry stand at the next positions; 0: all stand at the entry's.
         q_positions: int32 `[batch, seqlen_q]`: where each token stands. `None`: at its index, as for keys. Decides
             nothing about which keys a token may see.
@@ -72,11 +81,20 @@ def gather_attention(
             Needs `seqused_k`. Keys of pages that do not exist are skipped.
         softmax_scale: factor on `q . k`; `None` means `head_dim ** -0.5`.
         softcap: `> 0` turns the scaled score `s` into `softcap * tanh(s / softcap)`.
+        return_key_mass: also return how much softmax probability each entry got.
+        return_block_states: also return the attention over each entry alone. Each is computed apart: for blocks
+            of keys, not for single tokens.
         validate: also check the values of index tensors and positions (reads them).
 
     Returns:
         `out [batch, num_q_heads, seqlen_q, head_dim_v]` in q's dtype, and `lse [batch, num_q_heads,
         seqlen_q]`, natural log, float32 (float64 for float64). An empty set gives `out = 0`, `lse = -inf`.
+        With `return_key_mass` then `key_mass`, float32 `[batch, heads, seqlen_q or 1, num_entries + 1]` of `indices`:
+        probability summed over the keys of an entry and over the query heads and tokens that share it; the last
+        is that of the forced keys. With `return_block_states` then `block_out [num_entries + 1, batch, num_q_heads,
+        seqlen_q, head_dim_v]` and `block_lse` without the last dim: what `merge_states` takes; the last are those
+        of the forced keys. Merged they are `(out, lse)`; merged with landmarks' logits as `lse_override`, the
+        grouped softmax of Landmark Attention.
 
     Raises:
         ValueError: an argument is wrong; the message names the op, argument, rule and what was given.
@@ -111,7 +129,7 @@ def gather_attention(
             _validate.positions("gather_attention", used, k_positions, q_positions, num_positions)
             keys = _validate.keys_of_entries(indices, counts, used, block_size_k)
             _validate.key_positions("gather_attention", k_positions, keys, k_position_step, num_positions)
-    result: tuple[Tensor, Tensor] = torch.ops.longctx.gather_attention(
+    out, lse, key_mass, block_out, block_lse = torch.ops.longctx.gather_attention(
         q,
         k,
         v,
@@ -121,6 +139,7 @@ def gather_attention(
         num_first,
         num_last,
         bias,
+        tree_mask,
         k_positions,
         k_position_step,
         q_positions,
@@ -129,12 +148,29 @@ def gather_attention(
         page_table,
         softmax_scale,
         softcap,
+        return_key_mass,
+        return_block_states,
     )
-    return result
+    return out, lse, *([key_mass] if return_key_mass else []), *([block_out, block_lse] if return_block_states else [])
 
 
-def _fake(q: Tensor, k: Tensor, v: Tensor, *options: object) -> tuple[Tensor, Tensor]:
-    return empty_outputs(q, v)
+_ARGUMENTS = [argument.name for argument in torch.ops.longctx.gather_attention.default._schema.arguments]
+
+
+def _fake(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    call = dict(zip(_ARGUMENTS, args, strict=False)) | kwargs
+    q: Tensor = call["q"]
+    out, lse = empty_outputs(q, call["v"])
+    batch, heads, tokens, num_entries = call["indices"].shape
+    mass_batch = batch if call.get("return_key_mass") else 0
+    num_states = num_entries + 1 if call.get("return_block_states") else 0
+    return (
+        out,
+        lse,
+        q.new_empty((mass_batch, heads, tokens, num_entries + 1), dtype=torch.float32),
+        q.new_empty((num_states, *out.shape)),
+        lse.new_empty((num_states, *lse.shape)),
+    )
 
 
 register_op("gather_attention", _fake)
