@@ -17,6 +17,7 @@ from transformers_models import tiny
 UNLIMITED: dict[str, dict[str, Any]] = {
     "dense": {},
     "recycled": {"budget": 1000, "stride": 3},
+    "sirllm": {},
     "snapkv": {"budget": 1000},
     "streaming": {"window_size": 1000},
 }
@@ -29,7 +30,7 @@ LIMITED: dict[str, dict[str, Any]] = {
 # Those with static shapes.
 STATIC = ("dense", "streaming")
 # Those that forget nothing, so that they can be taken back.
-LOSSLESS = ("dense", "recycled")
+LOSSLESS = ("dense", "recycled", "sirllm")
 # Float32 logits of sdpa itself lie up to 6e-5 from those of a float64 model.
 CLOSE = {"atol": 2e-4, "rtol": 1e-4}
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from cache_cases import CLOSE, LIMITED, decode, generate, logits, make, masked_run, mass, ours
-from longctx.cache import RecycledCache, SnapKVCache, StreamingCache, load
+from longctx.cache import RecycledCache, SirLLMCache, SnapKVCache, StreamingCache, load
 from longctx.integrations.transformers import find_rope
-from transformers_models import padding, tokens
+from transformers_models import padding, tiny, tokens
 
 pytestmark = [
     pytest.mark.runs_on("cpu", reason="caches are Python over ops that are tested everywhere"),
@@ -127,6 +127,43 @@ def test_recycled_takes_a_full_step_when_queries_turn_away() -> None:
     assert reads[1.01] == sum(range(61, 71))
 
 
+def test_sirllm_keeps_surprises() -> None:
+    """Two turns and the tokens between, against entropies of a dense run and a dense run masked by them."""
+    model = ours()
+    cache = SirLLMCache(model.config, num_sink_tokens=2, num_entropy_tokens=20, num_recent_tokens=3, decay=0.5)
+    cache.read(model, INPUT[:, :40])
+    options = {"logits_processor": [cache.processor()], "max_new_tokens": 6}
+    text = generate(model, INPUT[:, :40], cache, **options)
+    dense = tiny("llama")
+    with torch.no_grad():
+        log_probs = dense(text).logits.log_softmax(-1)
+    entropy = -log_probs[:, :-1].gather(2, text[:, 1:, None])[..., 0]
+    assert torch.isinf(cache.entropy[:, 0]).all()
+    torch.testing.assert_close(cache.entropy[:, 1:], entropy[:, :44], **CLOSE)  # the last token was not read yet
+
+    text = torch.cat([text, INPUT[:, 40:50]], dim=1)
+    cache.read(model, text)
+    assert cache.get_seq_length() == 55
+    assert cache.layers[0].keys.shape[2] == 25 + 10
+    old = torch.cat([entropy.new_full((2, 1), float("inf")), entropy[:, :44]], dim=1) * 0.5
+    scores = old.clone()
+    scores[:, :2] = scores[:, -3:] = float("inf")
+    kept = chosen(scores, 25)
+    torch.testing.assert_close(cache.entropy[:, :25], old[kept].view(2, 25), **CLOSE)
+
+    def visible(q: Tensor, k: Tensor) -> Tensor:
+        seen = torch.ones(2, 4, 56, 56, dtype=torch.bool)
+        seen[:, :, 45:, :45] = kept[:, None, None]
+        return seen
+
+    torch.testing.assert_close(logits(model, text[:, 55:], cache), masked_run(text, 45, visible)[:, -1], **CLOSE)
+    cache = SirLLMCache(model.config, num_entropy_tokens=20)
+    cache.read(model, INPUT[:, :40])
+    generate(model, INPUT[:, :40], cache)  # without the processor
+    with pytest.raises(ValueError, match="entropy of 39 of 51 tokens; pass each turn to `read`"):
+        cache.read(model, INPUT)
+
+
 @pytest.mark.parametrize(
     ("cls", "options", "match"),
     [
@@ -134,6 +171,7 @@ def test_recycled_takes_a_full_step_when_queries_turn_away() -> None:
         (StreamingCache, {"num_sink_tokens": -1}, "`num_sink_tokens` must be at least 0; got -1"),
         (SnapKVCache, {"pool_size": 4}, "`pool_size` must be odd and at least 1; got 4"),
         (SnapKVCache, {"budget": 60}, "`budget` must be at least 64; got 60"),
+        (SirLLMCache, {"decay": 0.0}, "`decay` must be above 0 and at most 1; got 0.0"),
         (RecycledCache, {"stride": 0}, "`stride` must be at least 1; got 0"),
         (RecycledCache, {"reduce": "sum"}, "`reduce` must be 'mean' or 'max'; got 'sum'"),
     ],

@@ -10,6 +10,7 @@ from longctx.cache.cache import LongctxCache
 from longctx.cache.dense import DenseCache
 from longctx.cache.make import load, make_cache
 from longctx.cache.recycled import RecycledCache
+from longctx.cache.sirllm import SirLLMCache
 from longctx.cache.snapkv import SnapKVCache
 from longctx.cache.stats import CacheStats
 from longctx.cache.storage import Storage
@@ -23,6 +24,7 @@ __all__ = [
     "LongctxCache",
     "LongctxLayer",
     "RecycledCache",
+    "SirLLMCache",
     "SnapKVCache",
     "Storage",
     "StreamingCache",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -30,6 +31,8 @@ class LongctxCache(Cache):
     """
 
     name: ClassVar[str]
+    # Tensors [batch, ...] of the cache itself, None or replaced; they follow the batch and files, as in a layer.
+    STATE: ClassVar[tuple[str, ...]] = ()
     layers: list[LongctxLayer]  # type: ignore[assignment]
 
     def __init__(
@@ -49,6 +52,8 @@ class LongctxCache(Cache):
         options = {**options, **handles, "max_cache_len": max_cache_len}
         layers = range(self.config.num_hidden_layers)
         super().__init__(layers=[layer_type(self.config, i, **options) for i in layers])
+        for name in self.STATE:
+            setattr(self, name, None)
 
     def __repr__(self) -> str:
         options = ", ".join(f"{name}={value!r}" for name, value in self.options.items())
@@ -72,9 +77,28 @@ class LongctxCache(Cache):
         twin.__dict__.update(self.__dict__, layers=[layer.fork() for layer in self.layers])
         return twin
 
+    def reset(self) -> None:
+        super().reset()
+        for name in self.STATE:
+            setattr(self, name, None)
+
     def reorder_cache(self, beam_idx: Tensor) -> None:
         if not torch.equal(beam_idx, torch.arange(beam_idx.shape[0], device=beam_idx.device)):
             super().reorder_cache(beam_idx)  # type: ignore[arg-type]
+            self._rebatch(lambda x: x.index_select(0, beam_idx.to(x.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        self._rebatch(lambda x: x.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self._rebatch(lambda x: x[indices.to(x.device)])
+
+    def _rebatch(self, change: Callable[[Tensor], Tensor]) -> None:
+        for name in self.STATE:
+            if getattr(self, name) is not None:
+                setattr(self, name, change(getattr(self, name)))
 
     def stats(self) -> CacheStats:
         """What every layer read while decoding, since it was made or reset."""
@@ -84,7 +108,8 @@ class LongctxCache(Cache):
         """Writes the cache to a safetensors file, from which `longctx.cache.load` makes it again."""
         if self.max_cache_len is not None:
             raise NotImplementedError("longctx: a cache with `max_cache_len` cannot be saved; use one that grows")
-        tensors, layers = {}, []
+        layers = []
+        tensors = {name: getattr(self, name) for name in self.STATE if getattr(self, name) is not None}
         for layer in self.layers:
             entry: dict[str, Any] = {name: getattr(layer, name) for name in layer.PLAIN}
             entry["ends"] = {}
@@ -100,6 +125,8 @@ class LongctxCache(Cache):
         save_file(tensors, path, {"format": FORMAT, "longctx": json.dumps(header)})
 
     def restore(self, layers: list[dict[str, Any]], tensors: dict[str, Tensor]) -> None:
+        for name in self.STATE:
+            setattr(self, name, tensors.get(name))
         for layer, entry in zip(self.layers, layers, strict=True):
             prefix = f"{layer.layer_idx}."
             found = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
