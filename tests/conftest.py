@@ -36,6 +36,8 @@ SIMT_TESTS: dict[str, frozenset[str]] = {
     "test_select_blocks.py": frozenset(),
     "test_support_matrix.py": frozenset(),
     "test_target.py": frozenset(),
+    "test_threshold_select.py": frozenset(),
+    "test_topk_select.py": frozenset(),
 }
 # Of the cases of these tests, or of all tests of these files, one in so many on fibers: they differ little.
 SIMT_ONE_IN = {

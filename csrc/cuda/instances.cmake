@@ -15,6 +15,7 @@ set(LONGCTX_CUDA_SOURCES
   csrc/cuda/select_blocks.cu
   csrc/cuda/sm90/attention_path.cu
   csrc/cuda/sm90/tensor_map.cu
+  csrc/cuda/topk_select.cu
   csrc/cuda/unowned_rows.cu)
 list(TRANSFORM LONGCTX_CUDA_SOURCES PREPEND ${CMAKE_SOURCE_DIR}/)
 

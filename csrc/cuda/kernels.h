@@ -13,5 +13,7 @@ void run_linear_attention_cuda(const LinearAttentionParams& params);
 void run_linear_attention_decode_cuda(const LinearAttentionDecodeParams& params);
 void run_merge_states_cuda(const MergeStatesParams& params);
 void run_select_blocks_cuda(const SelectBlocksParams& params);
+void run_threshold_select_cuda(const ThresholdSelectParams& params);
+void run_topk_select_cuda(const TopKSelectParams& params);
 
 }  // namespace longctx::cuda

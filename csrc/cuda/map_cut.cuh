@@ -26,7 +26,7 @@ struct RowCut {
 struct MapState {  // zero at first
   uint32_t best, present, absent, unused;
   int64_t total, forced;
-  int64_t sums[kMaxDigits][WideSums::kBins];
+  int64_t sums[kMaxDigits][KeySums::kBins];
 };
 
 struct MapGrid {
@@ -135,7 +135,7 @@ LONGCTX_KERNEL(kMapThreads, 1) map_masses_kernel(const SelectBlocksParams p, con
 
 LONGCTX_KERNEL(kMapThreads, 1)
 map_digits_kernel(const SelectBlocksParams p, const MapGrid grid, const int digit) {
-  auto& sums = *reinterpret_cast<WideSums*>(device::shared_memory());
+  auto& sums = *reinterpret_cast<KeySums*>(device::shared_memory());
   const MapSlice slice = map_slice(p, grid);
   if (slice.region.num_rows == 0) return;
   const MapSearch search(p, slice);
@@ -143,7 +143,7 @@ map_digits_kernel(const SelectBlocksParams p, const MapGrid grid, const int digi
   Descent descent(search.bounds, search.goal.wanted);
   if (!search.descend(descent, digit) || descent.low == 0) return;
   sum_digits({p, slice.region, nullptr}, descent, search.weight, sums);
-  for (int bin = device::thread_index(); bin < WideSums::kBins; bin += device::num_threads()) {
+  for (int bin = device::thread_index(); bin < KeySums::kBins; bin += device::num_threads()) {
     if (sums[bin] != 0) device::atomic_add_global(&slice.state.sums[digit][bin], sums[bin]);
   }
 }

@@ -22,6 +22,8 @@
 #include "ops/linear_attention_states.h"
 #include "ops/merge_states.h"
 #include "ops/select_blocks.h"
+#include "ops/threshold_select.h"
+#include "ops/topk_select.h"
 
 // Only a CUDA torch defines this. Weak, so that the library also loads beside a CPU-only torch.
 #pragma weak aoti_torch_get_current_cuda_stream
@@ -149,4 +151,7 @@ STABLE_TORCH_LIBRARY_IMPL(longctx, CUDA, m) {
          TORCH_BOX(&OnDevice<&linear_attention_states<cuda::run_linear_attention_cuda>>::run));
   m.impl("merge_states", TORCH_BOX(&OnDevice<&merge_states<cuda::run_merge_states_cuda>>::run));
   m.impl("select_blocks", TORCH_BOX(&OnDevice<&select_blocks<cuda::run_select_blocks_cuda>>::run));
+  m.impl("threshold_select",
+         TORCH_BOX(&OnDevice<&threshold_select<cuda::run_threshold_select_cuda>>::run));
+  m.impl("topk_select", TORCH_BOX(&OnDevice<&topk_select<cuda::run_topk_select_cuda>>::run));
 }

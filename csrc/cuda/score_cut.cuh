@@ -3,6 +3,7 @@
 #pragma once
 #include "cuda/block_reduce.cuh"
 #include "cuda/items.cuh"
+#include "cuda/wide_sums.cuh"
 #include "longctx/block_map.h"
 #include "longctx/score_order.h"
 
@@ -114,36 +115,14 @@ struct EntryWeight {
   }
 };
 
-// 64-bit sums out of 32-bit atomics, which are single instructions where 64-bit ones are loops: the
-// old value tells whether the addition carried.
-struct WideSums {
-  static constexpr int kBins = 256;
-  int32_t low[kBins];
-  int32_t high[kBins];
-
-  LONGCTX_DEVICE void clear() {
-    for (int bin = device::thread_index(); bin < kBins; bin += device::num_threads()) {
-      low[bin] = high[bin] = 0;
-    }
-  }
-  LONGCTX_DEVICE void add(uint32_t bin, int64_t value) {
-    const uint32_t part = static_cast<uint32_t>(value);
-    const uint32_t old =
-        static_cast<uint32_t>(device::atomic_add_shared(&low[bin], static_cast<int32_t>(part)));
-    const int32_t rest = static_cast<int32_t>(value >> 32) + (old + part < old ? 1 : 0);
-    if (rest != 0) device::atomic_add_shared(&high[bin], rest);
-  }
-  LONGCTX_DEVICE int64_t operator[](int bin) const {
-    return static_cast<int64_t>(high[bin]) << 32 | static_cast<uint32_t>(low[bin]);
-  }
-};
+using KeySums = WideSums<256>;
 
 // The highest digit down to which the sums of the digits reach `wanted`, which keeps what that
 // digit must still give; -1 if they fall short. A whole warp calls this.
 template <class Sums>
 LONGCTX_DEVICE int digit_that_reaches(const Sums& sums, int64_t& wanted) {
-  constexpr int kOfLane = WideSums::kBins / device::kWarpSize;
-  const int highest = WideSums::kBins - 1 - device::lane_index() * kOfLane;
+  constexpr int kOfLane = KeySums::kBins / device::kWarpSize;
+  const int highest = KeySums::kBins - 1 - device::lane_index() * kOfLane;
   int64_t own = 0;
   for (int i = 0; i < kOfLane; ++i) own += sums[highest - i];
   const int64_t through = scan_warp(own);
@@ -271,7 +250,7 @@ LONGCTX_DEVICE Masses sum_masses(const RegionKeys& keys, const EntryWeight& mass
 
 // The sums hold after the call's last barrier.
 LONGCTX_DEVICE void sum_digits(const RegionKeys& keys, const Descent& descent,
-                               const EntryWeight& weight, WideSums& sums) {
+                               const EntryWeight& weight, KeySums& sums) {
   sums.clear();
   device::sync_threads();
   keys.for_each([&](uint32_t key, bool competes) {
@@ -281,7 +260,7 @@ LONGCTX_DEVICE void sum_digits(const RegionKeys& keys, const Descent& descent,
 }
 
 LONGCTX_DEVICE TieCut find_cut(const RegionKeys& keys, const KeyBounds& bounds, const Goal& goal,
-                               const EntryWeight& weight, WideSums& sums) {
+                               const EntryWeight& weight, KeySums& sums) {
   if (goal.wanted <= 0 || bounds.present == 0) return goal.cut;
   Descent descent(bounds, goal.wanted);
   while (descent.low > 0) {

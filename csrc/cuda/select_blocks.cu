@@ -64,7 +64,7 @@ void cut_maps(const SelectBlocksParams& p, RowCut* row_cuts) {
   }
   const bool searches = p.method != SelectMethod::kRelative;
   for (int digit = 0; searches && digit < kMaxDigits; ++digit) {
-    launch(kOp, &map_digits_kernel, blocks, kMapThreads, sizeof(WideSums), p, grid, digit);
+    launch(kOp, &map_digits_kernel, blocks, kMapThreads, sizeof(KeySums), p, grid, digit);
   }
   launch(kOp, &map_ties_kernel, blocks, kMapThreads, 0, p, grid);
   grid.slices = 1;

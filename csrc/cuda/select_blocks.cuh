@@ -23,7 +23,7 @@ struct SelectGrid {
 };
 
 struct SelectShared {
-  WideSums sums;
+  KeySums sums;
   BlockSlots slots;
   // [staged_columns] uint32 follow
   LONGCTX_DEVICE uint32_t* keys() { return reinterpret_cast<uint32_t*>(this + 1); }

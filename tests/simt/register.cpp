@@ -11,6 +11,8 @@
 #include "ops/linear_attention_states.h"
 #include "ops/merge_states.h"
 #include "ops/select_blocks.h"
+#include "ops/threshold_select.h"
+#include "ops/topk_select.h"
 #include "simt.h"
 
 namespace longctx {
@@ -77,4 +79,6 @@ STABLE_TORCH_LIBRARY_IMPL(longctx, CPU, m) {
   m.impl("linear_attention_states", TORCH_BOX(&linear_attention_states<run_linear_attention_cuda>));
   m.impl("merge_states", TORCH_BOX(&merge_states<run_merge_states_cuda>));
   m.impl("select_blocks", TORCH_BOX(&select_blocks<run_select_blocks_cuda>));
+  m.impl("threshold_select", TORCH_BOX(&threshold_select<run_threshold_select_cuda>));
+  m.impl("topk_select", TORCH_BOX(&topk_select<run_topk_select_cuda>));
 }
