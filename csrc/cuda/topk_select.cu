@@ -32,14 +32,14 @@ uint32_t threshold_key(float value, DType dtype) {
   return low;
 }
 
-// How long rows are shared out: about four blocks of threads for each multiprocessor, with at least
-// 16 KiB each. More slices than 128 would have too many sums to put together.
+// How long rows are shared out: as many blocks of threads as run at a time, with at least 16 KiB
+// each. More slices than 128 would have too many sums to put together.
 SliceGrid slice_grid(const ScoreRows& rows, int64_t score_bytes) {
   constexpr int64_t kMaxSlices = 128, kSliceBytes = 16 * 1024;
   const int64_t chunk = device::kWarpSize * 16 / score_bytes;
-  const int64_t blocks = int64_t{4} * device_limits().num_multiprocessors;
-  const int64_t wanted = at_most(at_most(ceil_div(blocks, rows.num_rows), kMaxSlices),
-                                 ceil_div(rows.n * score_bytes, kSliceBytes));
+  const int64_t blocks = int64_t{kSliceBlocks} * device_limits().num_multiprocessors;
+  const int64_t wanted = at_most(clamp_index(blocks / rows.num_rows, 1, kMaxSlices),
+                                 rows.n * score_bytes / kSliceBytes);
   SliceGrid grid;
   grid.num_rows = rows.num_rows;
   grid.slice = static_cast<uint32_t>(ceil_div(ceil_div(rows.n, wanted), chunk) * chunk);

@@ -8,7 +8,7 @@
 
 namespace longctx::cuda {
 
-constexpr int kMaxRowThreads = 1024;
+constexpr int kMaxRowThreads = 512;
 
 struct TopKShared {
   BlockSlots slots;
@@ -128,14 +128,14 @@ LONGCTX_DEVICE void write_chosen(const SelectRule& rule, int64_t row, const RowK
                                  const WrittenSlice& slice, BlockSlots& slots) {
   constexpr uint32_t kGroup = RowKeys<Bits>::kGroup;
   int32_t* const out = rule.p.indices + row * rule.p.k;
-  const auto count_up = [&](uint32_t begin, uint32_t end, int32_t* to) {
+  const auto count_up = [&](uint32_t begin, uint32_t end, int64_t offset) {
     for (uint32_t i = begin + device::thread_index(); i < end; i += device::num_threads()) {
-      to[i] = static_cast<int32_t>(i);
+      out[i + offset] = static_cast<int32_t>(i);
     }
   };
-  count_up(slice.begin, smaller(slice.end, keys.first), out);
+  count_up(slice.begin, smaller(slice.end, keys.first), 0);
   count_up(larger(slice.begin, keys.last), smaller(slice.end, keys.length),
-           out + (int64_t{keys.first} + num_chosen - keys.last));
+           int64_t{keys.first} + num_chosen - keys.last);
   const int64_t total = int64_t{keys.first} + num_chosen + (keys.length - keys.last);
   const int64_t in_slices = slice.number * device::num_threads() + device::thread_index();
   for (int64_t i = total + in_slices; i < rule.p.k; i += slice.num_slices * device::num_threads()) {

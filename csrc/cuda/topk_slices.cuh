@@ -12,7 +12,7 @@
 namespace longctx::cuda {
 
 constexpr int kSliceThreads = 256;
-constexpr int kMaxPasses = 3;
+constexpr int kSliceBlocks = 2;  // on a multiprocessor at a time
 
 struct SliceGrid {
   int64_t num_rows = 0;
@@ -106,7 +106,7 @@ LONGCTX_DEVICE void finish_pass(const SelectRule& rule, const SliceGrid& grid, i
 
 // Grid of this and of the next two: num_rows * num_slices.
 template <class Bits>
-LONGCTX_KERNEL(kSliceThreads, 1)
+LONGCTX_KERNEL(kSliceThreads, kSliceBlocks)
 topk_highest_kernel(const SelectRule rule, const SliceGrid grid) {
   auto& shared = *reinterpret_cast<TopKShared*>(device::shared_memory());
   const RowSlice slice(rule, grid);
@@ -117,7 +117,7 @@ topk_highest_kernel(const SelectRule rule, const SliceGrid grid) {
 }
 
 template <class Bits>
-LONGCTX_KERNEL(kSliceThreads, 1)
+LONGCTX_KERNEL(kSliceThreads, kSliceBlocks)
 topk_digits_kernel(const SelectRule rule, const SliceGrid grid, const int pass) {
   auto& shared = *reinterpret_cast<TopKShared*>(device::shared_memory());
   const RowSlice slice(rule, grid);
@@ -166,7 +166,7 @@ topk_digits_kernel(const SelectRule rule, const SliceGrid grid, const int pass) 
 }
 
 template <class Bits>
-LONGCTX_KERNEL(kSliceThreads, 1)
+LONGCTX_KERNEL(kSliceThreads, kSliceBlocks)
 topk_write_kernel(const SelectRule rule, const SliceGrid grid) {
   auto& shared = *reinterpret_cast<TopKShared*>(device::shared_memory());
   const RowSlice slice(rule, grid);
