@@ -32,6 +32,7 @@ from prefill_cases import random_blocks  # noqa: E402
 
 ALLOWED_RATIO = 4.0  # of the error to twice that of the CPU kernel and a unit in the last place
 HALF = (torch.bfloat16, torch.float16)
+INDICES = {"select_blocks", "threshold_select", "topk_select"}  # exact, and of no float64
 Path_ = Literal["auto", "sm80", "sm90"]
 
 
@@ -186,7 +187,7 @@ def run(smoke: Smoke, device: str) -> bool:
     with force_cuda_path(smoke.path) if device == "cuda" else nullcontext():
         results = tuple(output.cpu() for output in as_tuple(op(**there)))
     here = as_tuple(op(**call))
-    exact = here if smoke.op == "select_blocks" else as_tuple(op(**in_float64(call)))  # it takes no float64
+    exact = here if smoke.op in INDICES else as_tuple(op(**in_float64(call)))
     texts, right = zip(*map(compare, results, here, exact), strict=True)
     print(f"{'ok   ' if all(right) else 'WRONG'} {smoke.name}: {'; '.join(texts)}", flush=True)
     return all(right)

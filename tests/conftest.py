@@ -46,6 +46,8 @@ SIMT_ONE_IN = {
     "test_linear_attention.py": 2,
     "test_linear_attention_reverse.py": 4,
     "test_random_combinations": 2,
+    "test_threshold_select.py": 8,
+    "test_topk_select.py": 8,
 }
 MAX_CUDA_HEAD_DIM = 256
 # The files whose tests fill the support matrix.

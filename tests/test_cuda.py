@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Literal
 
@@ -16,9 +16,10 @@ from cases import CASES
 from checks import as_tuple, assert_same_bits, assert_same_result, check_attention
 from longctx.prefill import AttentionContext, LMInfinite
 from longctx.testing import force_cuda_path
-from op_case import Call, OpCase, qkv
+from op_case import Call, OpCase, qkv, randn
 from policy_cases import CALLS, POLICIES, rope
 from prefill_cases import random_blocks
+from topk_cases import SCORE_DTYPES
 
 on_cuda_kernels = pytest.mark.runs_on("cuda", "simt", reason="about the CUDA kernels: --device cuda or --simt")
 
@@ -114,15 +115,48 @@ def test_policies_on_gpu_tensors(name: str, kind: str) -> None:
 
 
 @on_gpu
-def test_indices_are_those_of_the_cpu() -> None:
-    """Of identical float32 scores, on the kernels of both devices."""
-    for make in CASES["select_blocks"].calls.values():
-        call = make(torch.float32)
-        actual = longctx.select_blocks(**target.native(call))
-        with target.cpu_kernels():
-            expected = longctx.select_blocks(**call)
-        for a, b in zip(actual, expected, strict=True):
-            assert torch.equal(a.cpu(), b)
+@pytest.mark.parametrize("name", ["select_blocks", "threshold_select", "topk_select"])
+def test_indices_are_those_of_the_cpu(name: str) -> None:
+    """Of identical scores, on the kernels of both devices."""
+    case = CASES[name]
+    for make in case.calls.values():
+        for dtype in case.dtypes:
+            assert_same_on_both(case.op, make(dtype))
+
+
+def assert_same_on_both(op: Callable[..., object], call: Call) -> None:
+    actual = as_tuple(op(**target.native(call)))
+    with target.cpu_kernels():
+        expected = as_tuple(op(**call))
+    for a, b in zip(actual, expected, strict=True):
+        assert torch.equal(a.cpu(), b)
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype", SCORE_DTYPES, ids=str)
+@pytest.mark.parametrize("kind", ["random", "few values", "constant"])
+def test_selections_of_long_rows_are_those_of_the_cpu(kind: str, dtype: torch.dtype) -> None:
+    """One block of threads a row, and up to 128."""
+    for rows, n in ((300, 20_001), (8, 131_072), (1, 1_500_000)):
+        scores = 3 * randn(rows, n, seed=n)
+        scores = {"random": scores, "few values": scores.round(), "constant": torch.ones(rows, n)}[kind].to(dtype)
+        forced = {"num_first": 5, "num_last": 3000}
+        assert_same_on_both(longctx.topk_select, {"scores": scores, "k": 8192, **forced})
+        for method, value in (("threshold", 4.0), ("cumulative", 0.7)):
+            rule = {"scores": scores, "method": method, "value": value, "max_k": n // 2, **forced}
+            assert_same_on_both(longctx.threshold_select, rule)
+
+
+@on_gpu
+def test_rows_of_scores_beyond_32_bits() -> None:
+    far = 2**31 + 64
+    if torch.cuda.mem_get_info()[0] < 3 * far * 2:
+        pytest.skip("less than 12 GiB of GPU memory are free")
+    buffer = torch.empty(far + 70_000, dtype=torch.bfloat16, device="cuda")
+    for n in (5000, 70_000):
+        rows = buffer.as_strided((2, n), (far, 1))
+        rows.copy_(randn(2, n, seed=n))
+        assert_same_bits(longctx.topk_select(rows, 50), longctx.topk_select(rows.contiguous(), 50))
 
 
 @on_gpu

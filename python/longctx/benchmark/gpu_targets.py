@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from longctx.benchmark import gpu_linear
+from longctx.benchmark import gpu_linear, gpu_topk
 from longctx.benchmark.gpu_cases import DENSE_16K, FLEXPREFILL, SPARSE
 
 if TYPE_CHECKING:
@@ -110,6 +110,8 @@ def evaluated(results: Sequence[Result]) -> list[Target]:
          beside(linear, 8 * K, "fla")),
         ("linear attention, 8 x 1k, 8 heads, D=64", "flash-linear-attention", 3, 8, False,
          beside(gpu_linear.LAUNCH_BOUND, K, "fla")),
+        ("the 2048 best of 128k scores, 8 rows", "microseconds", 25, 12, True,
+         lambda: ratio(seconds(gpu_topk.ROWS.format("random"), 128 * K, "longctx"), 1e-6)),
     ]  # fmt: skip
     return [
         Target(work, beside_what, minimum, goal, measured(), at_most)
