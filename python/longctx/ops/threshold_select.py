@@ -61,7 +61,8 @@ def threshold_select(
         ValueError: an argument is wrong; the message names the op, argument, rule and what was given.
 
     Cost: `threshold` reads most rows once, as `topk_select`; `cumulative` once more, with about 25 integer operations a
-    score. Deterministic, and independent of the number of threads.
+    score. Deterministic, and independent of the number of threads. On CUDA as `topk_select`, for `cumulative` with one
+    launch more for rows beyond 64 KiB.
     Gradients: the result is integer and has none.
     Source: the global threshold of Squeezed Attention (arXiv 2411.09688) and the top-p budgets of Twilight
     (arXiv 2502.02770).

@@ -47,7 +47,8 @@ def topk_select(
 
     Cost: no arithmetic. Most rows are read once, and `O(k)` scores a second time from cache; a row that is made to
     mislead the sample of it that sets the first bound is read twice. Scratch of about `16 k + 128 KiB` bytes per
-    thread. Deterministic and independent of the number of threads.
+    thread. Deterministic and independent of the number of threads. On CUDA a row of up to 64 KiB is read once, in one
+    launch; longer ones three times in 16 bits and four times in float32, a launch each, whatever the scores.
     Gradients: the result is integer and has none.
     Source: Alabi et al., "Fast k-selection algorithms for graphics processing units" (2012), for the radix descent;
     selecting keys by score is common to Quest (arXiv 2406.10774) and the other top-k methods.
