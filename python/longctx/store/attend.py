@@ -70,7 +70,7 @@ def attend_part(
     """`gather_attention` over what one tier holds, on its device."""
     device = part.k.device
     options = {name: _to(value, device) for name, value in options.items()}
-    return gather_attention(
+    out, lse = gather_attention(
         _to(q, device),
         part.k,
         part.v,
@@ -79,6 +79,7 @@ def attend_part(
         page_table=part.page_table,
         **options,
     )
+    return out, lse
 
 
 def merge_parts(states: Sequence[tuple[Tensor, Tensor]], q: Tensor) -> tuple[Tensor, Tensor]:
