@@ -14,6 +14,7 @@ import longctx
 from longctx import linear, ops, prefill
 
 README = Path(__file__).parent.parent / "README.md"
+DOCS = README.parent / "docs"
 PUBLIC = {
     **{f"ops.{name}": getattr(ops, name) for name in ops.__all__},
     **{f"linear.{name}": getattr(linear, name) for name in linear.__all__},
@@ -47,3 +48,11 @@ def test_readme_snippet() -> None:
     out = namespace["out"]
     assert isinstance(out, torch.Tensor)
     assert out.shape == (1, 8, 4096, 128)
+
+
+def test_speculative_decoding_document() -> None:
+    pytest.importorskip("transformers", reason="needs transformers")
+    snippets = re.findall(r"```python\n(.*?)```", (DOCS / "speculative_decoding.md").read_text(), re.DOTALL)
+    assert len(snippets) == 2
+    for snippet in snippets:
+        exec(snippet, {})
