@@ -60,8 +60,6 @@ RECORDING = frozenset(
         "block_sparse_attention",
         "cuda",
         "gather_attention",
-        "gather_attention_positions",
-        "gather_attention_results",
         "kv_rows",
         "linear_attention",
         "linear_attention_backward",

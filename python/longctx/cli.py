@@ -33,8 +33,11 @@ def add_demo(parser: argparse.ArgumentParser) -> None:
         "about two minutes on two cores. The exit code tells whether every check held."
     )
     parser.add_argument("--linear", action="store_true", help="train and stream a model of linear attention instead")
+    parser.add_argument("--decode", action="store_true", help="answer from 128k cached tokens, by every cache, instead")
     parser.add_argument("--quick", action="store_true", help="8k tokens, fewer depths, steps and lengths")
-    parser.add_argument("--length", type=int, help="tokens of the long prompt (32768; 8192 with --quick)")
+    parser.add_argument(
+        "--length", type=int, help="tokens of the long prompt (32768; 131072 with --decode; 8192 with --quick)"
+    )
     parser.add_argument("--needle", metavar="'KEY V1 V2'", help="a fact of your own to find (default: random ones)")
     parser.add_argument("--depth", type=float, default=0.37, help="where in the long prompt it stands, 0 to 1")
     parser.add_argument(
@@ -61,9 +64,12 @@ def run_demo(args: argparse.Namespace) -> int:
         import transformers  # noqa: F401
     except ImportError:
         raise ImportError("the demo runs a transformers model: pip install 'longctx[demo]'") from None
-    from longctx.demo import linear, main
+    from longctx.demo import decode, linear, main
 
-    return linear.run(args) if args.linear else main.run(args)
+    if args.linear and args.decode:
+        raise ValueError("longctx demo: --linear and --decode are two demos; choose one")
+    run = linear.run if args.linear else decode.run if args.decode else main.run
+    return run(args)
 
 
 def add_bench(parser: argparse.ArgumentParser) -> None:

@@ -86,6 +86,18 @@ class Haystack:
         at = round(depth * room)
         return [BOS_WORD, *self.words[:at], *needle.words, *self.words[at:room], *question]
 
+    def context(self, needles: list[Needle], *, length: int, depths: tuple[float, ...]) -> list[str]:
+        """`length` words: BOS and text with each needle at its depth (0 to 1, ascending), without a question."""
+        room = length - 1 - sum(len(needle.words) for needle in needles)
+        if list(depths) != sorted(depths) or not all(0 <= depth <= 1 for depth in depths) or room < 0:
+            raise ValueError(f"longctx: no text of {length} words with needles at depths {depths}")
+        words, done = [BOS_WORD], 0
+        for needle, depth in zip(needles, depths, strict=True):
+            at = round(depth * room)
+            words += [*self.words[done:at], *needle.words]
+            done = at
+        return words + list(self.words[done:room])
+
 
 def read_text(path: Path | None, num_words: int = 0) -> tuple[str, str]:
     """What it is and what it says: a file, or Python's own documentation, of about `num_words` or more."""
