@@ -16,6 +16,10 @@ const std::string kSequenceOptions =
 const std::string kAttentionOptions = kMaskOptions +
                                       "Tensor? sinks=None, Tensor? key_ranges=None, " +
                                       kSequenceOptions + ", Tensor? page_table=None";
+const std::string kSummaryOptions =
+    "str method=\"minmax\", Tensor? key_scores=None, int num_representative=4, "
+    "Tensor? queries=None, float? softmax_scale=None, Tensor? seqused_k=None, "
+    "Tensor? page_table=None";
 
 void define(torch::stable::detail::StableLibrary& library, const std::string& schema) {
   library.def(schema.c_str());
@@ -73,14 +77,23 @@ STABLE_TORCH_LIBRARY(longctx, m) {
          "bool reverse=False) -> Tensor");
   define(m, "merge_states(Tensor out, Tensor lse, Tensor? lse_override=None) -> (Tensor, Tensor)");
   define(m,
+         "page_scores(Tensor q, Tensor summary, str method=\"minmax\", str head_reduce=\"none\", "
+         "str query_reduce=\"none\", bool softmax=False, Tensor? counts=None, "
+         "float? softmax_scale=None, Tensor? seqused_k=None, int? page_size=None) -> Tensor");
+  define(m,
          "select_blocks(Tensor scores, str method=\"top_k\", float value=0.0, "
          "Tensor? head_values=None, str scope=\"row\", int num_first=0, int num_local=0, "
          "bool causal=True, int block_size_q=128, int block_size_k=128, int q_offset=0, "
          "int? max_blocks_per_row=None, " +
              kSequenceOptions + ") -> (Tensor, Tensor)");
+  define(m, "summarize_pages(Tensor k, int page_size, " + kSummaryOptions + ") -> Tensor");
   define(m,
          "threshold_select(Tensor scores, float value, int max_k, str method=\"threshold\", "
          "Tensor? lengths=None, int num_first=0, int num_last=0) -> (Tensor, Tensor)");
+  define(m,
+         "token_scores(Tensor q, Tensor k, str head_reduce=\"none\", str query_reduce=\"none\", "
+         "Tensor? candidates=None, float? softmax_scale=None, float softcap=0.0, "
+         "Tensor? seqused_k=None, Tensor? page_table=None) -> Tensor");
   define(m,
          "topk_select(Tensor scores, int k, Tensor? lengths=None, int num_first=0, "
          "int num_last=0) -> (Tensor, Tensor)");
@@ -88,4 +101,7 @@ STABLE_TORCH_LIBRARY(longctx, m) {
          "truncate_kv(Tensor(a!)[] k_cache, Tensor(b!)[] v_cache, Tensor seqused_k, "
          "int num_draft_tokens, Tensor? accepted=None, Tensor? counts=None, "
          "Tensor? page_table=None) -> Tensor");
+  define(m,
+         "update_pages(Tensor(a!) summary, Tensor k, int start, Tensor? starts, int page_size, " +
+             kSummaryOptions + ") -> ()");
 }

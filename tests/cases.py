@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import kv_cases
 import linear_cases
+import page_cases
 import prefill_cases
 import topk_cases
 
-CASES = {case.name: case for case in (*prefill_cases.CASES, *topk_cases.CASES, *kv_cases.CASES, *linear_cases.CASES)}
+_FAMILIES = (prefill_cases, topk_cases, page_cases, kv_cases, linear_cases)
+CASES = {case.name: case for family in _FAMILIES for case in family.CASES}

@@ -66,8 +66,11 @@ RECORDING = frozenset(
         "linear_attention_decode",
         "merge_states",
         "opcheck",
+        "page_scores",
         "select_blocks",
+        "summarize_pages",
         "threshold_select",
+        "token_scores",
         "topk_select",
     )
 )

@@ -71,7 +71,8 @@ class OpCase:
         @functools.wraps(function)
         def on_copies(**call: Any) -> tuple[Any, ...]:
             copies = {name: call[name].clone() for name in self.mutates}
-            return function(**(call | copies)), *copies.values()
+            result = function(**(call | copies))
+            return *(() if result is None else (result,)), *copies.values()
 
         return on_copies
 

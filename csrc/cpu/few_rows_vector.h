@@ -11,6 +11,7 @@
 
 #include "few_rows.h"
 #include "reduced_float.h"
+#include "vec_sums.h"
 
 namespace longctx::cpu {
 namespace {
@@ -298,21 +299,6 @@ struct VectorFewRows {
       to[half + d] = b * cos + a * sin;
     }
     for (d = rotary; d < shape.head_dim; ++d) to[d] = widen(row[d]);
-  }
-
-  // Sums each x[i] over its lanes into lane i: a round halves the vectors, and each leaves the bit
-  // that told its two halves apart in the lowest bit of the lane.
-  template <int kCount = kLanes>
-  static V sum_lanes(V (&x)[kLanes]) {
-#pragma GCC unroll 16
-    for (int i = 0; i < kCount / 2; ++i) {
-      x[i] = zip_low(x[i], x[i + kCount / 2]) + zip_high(x[i], x[i + kCount / 2]);
-    }
-    if constexpr (kCount > 2) {
-      return sum_lanes<kCount / 2>(x);
-    } else {
-      return x[0];
-    }
   }
 
   // Keys and vectors of values whose accumulators, times kRows, take half of the registers.

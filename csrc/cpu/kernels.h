@@ -11,6 +11,9 @@ void run_attention_mass_cpu(const AttentionMassParams& params);
 void run_gather_attention_cpu(const GatherAttentionParams& params);
 void run_gather_kv_cpu(const GatherKVParams& params);
 void run_compact_kv_cpu(const CompactKVParams& params);  // and truncate_kv
+void run_summarize_pages_cpu(const SummarizePagesParams& params);
+void run_page_scores_cpu(const PageScoresParams& params);
+void run_token_scores_cpu(const TokenScoresParams& params);
 void run_block_scores_cpu(const BlockScoresParams& params);
 void run_select_blocks_cpu(const SelectBlocksParams& params);
 void run_topk_select_cpu(const TopKSelectParams& params);

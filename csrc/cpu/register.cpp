@@ -15,8 +15,11 @@
 #include "ops/linear_attention_decode.h"
 #include "ops/linear_attention_states.h"
 #include "ops/merge_states.h"
+#include "ops/page_scores.h"
 #include "ops/select_blocks.h"
+#include "ops/summarize_pages.h"
 #include "ops/threshold_select.h"
+#include "ops/token_scores.h"
 #include "ops/topk_select.h"
 #include "ops/truncate_kv.h"
 
@@ -87,8 +90,12 @@ STABLE_TORCH_LIBRARY_IMPL(longctx, CPU, m) {
          TORCH_BOX(&linear_attention_decode<run_linear_attention_decode_cpu>));
   m.impl("linear_attention_states", TORCH_BOX(&linear_attention_states<run_linear_attention_cpu>));
   m.impl("merge_states", TORCH_BOX(&merge_states<run_merge_states_cpu>));
+  m.impl("page_scores", TORCH_BOX(&page_scores<run_page_scores_cpu>));
   m.impl("select_blocks", TORCH_BOX(&select_blocks<run_select_blocks_cpu>));
+  m.impl("summarize_pages", TORCH_BOX(&summarize_pages<run_summarize_pages_cpu>));
   m.impl("threshold_select", TORCH_BOX(&threshold_select<run_threshold_select_cpu>));
+  m.impl("token_scores", TORCH_BOX(&token_scores<run_token_scores_cpu>));
   m.impl("topk_select", TORCH_BOX(&topk_select<run_topk_select_cpu>));
   m.impl("truncate_kv", TORCH_BOX(&truncate_kv<run_compact_kv_cpu>));
+  m.impl("update_pages", TORCH_BOX(&update_pages<run_summarize_pages_cpu>));
 }

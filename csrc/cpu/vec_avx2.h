@@ -38,6 +38,7 @@ struct Vec<float> {
   friend Vec operator/(Vec a, Vec b) { return {_mm256_div_ps(a.v, b.v)}; }
   friend Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
   friend Vec max(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }  // b where a is NaN
+  friend Vec min(Vec a, Vec b) { return {_mm256_min_ps(a.v, b.v)}; }  // b where a is NaN
   friend bool any_greater(Vec a, Vec b) {
     return _mm256_movemask_ps(_mm256_cmp_ps(a.v, b.v, _CMP_GT_OQ)) != 0;
   }

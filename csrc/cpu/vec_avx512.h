@@ -42,6 +42,7 @@ struct Vec<float> {
   friend Vec operator/(Vec a, Vec b) { return {_mm512_div_ps(a.v, b.v)}; }
   friend Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
   friend Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }  // b where a is NaN
+  friend Vec min(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }  // b where a is NaN
   friend bool any_greater(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ) != 0; }
   // Lane i of a where bit i of `bits` is set, else of b.
   friend Vec select(uint32_t bits, Vec a, Vec b) {

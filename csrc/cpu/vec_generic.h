@@ -37,6 +37,7 @@ struct Vec {
   friend Vec operator*(Vec a, Vec b) { return {a.v * b.v}; }
   friend Vec fma(Vec a, Vec b, Vec c) { return {a.v * b.v + c.v}; }
   friend Vec max(Vec a, Vec b) { return {a.v > b.v ? a.v : b.v}; }  // b where a is NaN
+  friend Vec min(Vec a, Vec b) { return {a.v < b.v ? a.v : b.v}; }  // b where a is NaN
   friend bool any_greater(Vec a, Vec b) {
     bool any = false;
     for (int i = 0; i < kLanes; ++i) any |= a.v[i] > b.v[i];

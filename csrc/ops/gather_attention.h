@@ -5,27 +5,9 @@
 
 #include "checks.h"
 #include "ops/attention_options.h"
+#include "ops/pages.h"
 
 namespace longctx {
-
-// The keys of k and v in pages; returns how many a batch entry has room for.
-inline int64_t fill_pages(const Checker& check, const Tensor& q, const Tensor& k,
-                          const Tensor& page_table, PagesParams& pages) {
-  check.same_device("page_table", page_table, q);
-  check.dtype("page_table", page_table, ScalarType::Int);
-  check.shape("page_table", page_table, "[batch, max_pages]", {q.size(0), kAnySize});
-  check.contiguous("page_table", page_table);
-  check.require(k.size(2) > 0, "k", "have a page_size of at least 1", to_text(k.sizes()));
-  pages = {page_table.const_data_ptr<int32_t>(), page_table.size(1), k.size(0), k.size(2)};
-  return pages.max_pages * pages.page_size;
-}
-
-// One row for all tokens where dim 2 has size 1.
-template <class T>
-RowsView<T> rows_of(const Tensor& tensor) {
-  return {tensor.const_data_ptr<T>(), tensor.stride(0), tensor.stride(1),
-          tensor.size(2) == 1 ? 0 : tensor.stride(2)};
-}
 
 inline RopeParams rope_params(const Checker& check, const Tensor& q, const Tensor& indices,
                               const OptionalTensor& k_positions, int64_t k_position_step,
@@ -104,7 +86,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gather_attention(
   check.contiguous_last_dim("v", v);
   if (in_pages) {
     check.require(seqused_k.has_value(), "seqused_k", "be given with `page_table`", "None");
-    params.seqs.seqlen_k = fill_pages(check, q, k, *page_table, params.pages);
+    params.seqs.seqlen_k = fill_pages(check, q, q.size(0), k, *page_table, params.pages);
   }
 
   check.same_device("indices", indices, q);
@@ -139,7 +121,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gather_attention(
   if (tree_mask) params.tree_mask = tree_view(check, q, *tree_mask);
   params.rope =
       rope_params(check, q, indices, k_positions, k_position_step, q_positions, rope_cos_sin);
-  constexpr int64_t kMaxBlock = int64_t{1} << 20;
   check.require(block_size_k >= 1 && block_size_k <= kMaxBlock, "block_size_k", "be in [1, 2^20]",
                 block_size_k);
   params.block_size_k = block_size_k;

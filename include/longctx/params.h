@@ -190,6 +190,79 @@ struct CompactKVParams : KVRowsParams {
   int32_t* lengths = nullptr;    // [batch, index_heads]
 };
 
+enum class SummaryMethod : int32_t { kMinMax, kMean, kRepresentative, kPooled };
+
+// A summary of each page of page_size keys; an update touches only the pages that hold keys at or
+// after `start`.
+struct SummarizePagesParams {
+  DType dtype = DType::kFloat32;
+  SummaryMethod method = SummaryMethod::kMinMax;
+  SequenceParams seqs;  // batch, seqlen_k, seqused_k
+  TensorView k;         // [batch, num_kv_heads, seqlen_k, head_dim]
+  PagesParams pages;
+  TensorView summary;     // [batch, heads, num_pages, head_dim]; kMinMax: [.., 2, head_dim], the
+                          // minima before the maxima, adjacent
+  int64_t page_size = 0;  // keys of a page of the summary
+  int64_t num_pages = 0;
+  int64_t heads = 0;  // of the summary: a multiple of num_kv_heads
+  int64_t num_kv_heads = 0;
+  int64_t head_dim = 0;
+  RowsView<float> key_scores;       // kRepresentative: [batch, heads, 1, seqlen_k]
+  int64_t num_representative = 0;   // kRepresentative: the best keys of a page that are averaged
+  TensorView queries;               // kPooled: [batch, heads, num_pages, head_dim]
+  double softmax_scale = 1.0;       // kPooled
+  bool update = false;              // else every page is written
+  int64_t start = 0;                // used where starts is null
+  const int32_t* starts = nullptr;  // [batch]
+};
+
+// How scores of query heads and of query tokens become one. Heads are reduced first.
+enum class HeadReduce : int32_t { kNone, kGroupMean, kGroupMax, kGroupSum, kAllSum };
+enum class QueryReduce : int32_t { kNone, kMean, kMax };
+
+// q . k of each query token and key, or candidate.
+struct TokenScoresParams {
+  DType dtype = DType::kFloat32;
+  SequenceParams seqs;
+  TensorView q;  // [batch, num_q_heads, seqlen_q, head_dim]
+  TensorView k;  // [batch, num_kv_heads, seqlen_k, head_dim]
+  PagesParams pages;
+  RowsView<int32_t> candidates;  // [batch, candidate_heads, candidate_rows, num_scores]; null: all
+  int64_t candidate_heads = 1;   // 1, num_kv_heads or num_q_heads
+  int64_t candidate_rows = 1;    // 1 or seqlen_q
+  HeadReduce head_reduce = HeadReduce::kNone;
+  QueryReduce query_reduce = QueryReduce::kNone;
+  float* scores = nullptr;  // [batch, out heads, out rows, num_scores], contiguous
+  int64_t num_scores = 0;   // seqlen_k, or the number of candidates
+  int64_t num_q_heads = 0;
+  int64_t num_kv_heads = 0;
+  int64_t head_dim = 0;
+  double softmax_scale = 1.0;
+  double softcap = 0.0;
+};
+
+// The score of each query token and page, from a summary.
+struct PageScoresParams {
+  DType dtype = DType::kFloat32;
+  int64_t batch = 0;
+  int64_t seqlen_q = 0;
+  TensorView q;        // [batch, num_q_heads, seqlen_q, head_dim]
+  TensorView summary;  // [batch, summary_heads, num_pages, head_dim], or as of kMinMax
+  bool minmax = true;  // else the summary is a key
+  int64_t num_pages = 0;
+  int64_t num_q_heads = 0;
+  int64_t summary_heads = 0;  // divides num_q_heads
+  int64_t head_dim = 0;
+  double softmax_scale = 1.0;
+  bool softmax = false;
+  RowsView<int32_t> counts;  // [batch, summary_heads, 1, num_pages]: keys of a page; null: unknown
+  const int32_t* seqused_k = nullptr;  // [batch]: keys at or beyond it do not exist
+  int64_t page_size = 0;               // given with seqused_k
+  HeadReduce head_reduce = HeadReduce::kNone;
+  QueryReduce query_reduce = QueryReduce::kNone;
+  float* scores = nullptr;  // [batch, out heads, out rows, num_pages], contiguous
+};
+
 struct MergeStatesParams {
   DType dtype = DType::kFloat32;
   const void* out = nullptr;           // [num_states, rows, dim], contiguous

@@ -16,10 +16,14 @@ from longctx.ops.linear_attention import linear_attention  # noqa: E402
 from longctx.ops.linear_attention_decode import linear_attention_decode  # noqa: E402
 from longctx.ops.linear_attention_states import linear_attention_states  # noqa: E402
 from longctx.ops.merge_states import merge_states  # noqa: E402
+from longctx.ops.page_scores import page_scores  # noqa: E402
 from longctx.ops.select_blocks import select_blocks  # noqa: E402
+from longctx.ops.summarize_pages import summarize_pages  # noqa: E402
 from longctx.ops.threshold_select import threshold_select  # noqa: E402
+from longctx.ops.token_scores import token_scores  # noqa: E402
 from longctx.ops.topk_select import topk_select  # noqa: E402
 from longctx.ops.truncate_kv import truncate_kv  # noqa: E402
+from longctx.ops.update_pages import update_pages  # noqa: E402
 
 __all__ = [
     "attention",
@@ -33,8 +37,12 @@ __all__ = [
     "linear_attention_decode",
     "linear_attention_states",
     "merge_states",
+    "page_scores",
     "select_blocks",
+    "summarize_pages",
     "threshold_select",
+    "token_scores",
     "topk_select",
     "truncate_kv",
+    "update_pages",
 ]

@@ -187,6 +187,12 @@ def pages(op: str, page_table: Tensor | None, seqused_k: Tensor | None, k: Tenso
     _require(inside, op, "page_table", f"be in [0, {num_pages})", f"[{_low(listed)}, {_high(listed)}]")
 
 
+def candidates(op: str, listed: Tensor, seqlen_k: int) -> None:
+    """`candidates` are -1 or keys."""
+    inside = bool(((listed >= -1) & (listed < seqlen_k)).all())
+    _require(inside, op, "candidates", f"be -1 or in [0, {seqlen_k})", f"[{_low(listed)}, {_high(listed)}]")
+
+
 def _low(values: Tensor) -> int:
     return int(values.min()) if values.numel() else 0
 

@@ -14,8 +14,11 @@ from longctx.reference.gather_attention import gather_attention
 from longctx.reference.kv_rows import compact_kv, gather_kv, truncate_kv
 from longctx.reference.linear_attention import linear_attention, linear_attention_decode, linear_attention_states
 from longctx.reference.merge_states import merge_states
+from longctx.reference.page_scores import page_scores
 from longctx.reference.select_blocks import select_blocks
+from longctx.reference.summarize_pages import summarize_pages, update_pages
 from longctx.reference.threshold_select import threshold_select
+from longctx.reference.token_scores import token_scores
 from longctx.reference.topk_select import topk_select
 
 __all__ = [
@@ -30,8 +33,12 @@ __all__ = [
     "linear_attention_decode",
     "linear_attention_states",
     "merge_states",
+    "page_scores",
     "select_blocks",
+    "summarize_pages",
     "threshold_select",
+    "token_scores",
     "topk_select",
     "truncate_kv",
+    "update_pages",
 ]
