@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import longctx
-from longctx import linear, ops, prefill
+from longctx import linear, ops, prefill, store
 
 README = Path(__file__).parent.parent / "README.md"
 DOCS = README.parent / "docs"
@@ -19,6 +19,7 @@ PUBLIC = {
     **{f"ops.{name}": getattr(ops, name) for name in ops.__all__},
     **{f"linear.{name}": getattr(linear, name) for name in linear.__all__},
     **{f"prefill.{name}": getattr(prefill, name) for name in prefill.__all__},
+    **{f"store.{name}": getattr(store, name) for name in store.__all__},
     "info": longctx.info,
 }
 if importlib.util.find_spec("transformers") is not None:
@@ -42,12 +43,25 @@ def test_every_op_has_an_example(name: str) -> None:
 
 
 def test_readme_snippet() -> None:
-    (snippet,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    snippet, _ = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
     namespace: dict[str, object] = {}
     exec(snippet, namespace)
     out = namespace["out"]
     assert isinstance(out, torch.Tensor)
     assert out.shape == (1, 8, 4096, 128)
+
+
+def test_readme_page_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers", reason="needs transformers")
+    from cache_cases import ours
+    from transformers_models import tokens
+
+    _, snippet = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    namespace = {"longctx": longctx, "model": ours(), "input_ids": tokens(1, 100)}
+    exec(snippet.replace("1 << 30", "1 << 24"), namespace)
+    assert namespace["store"].num_tokens > 100  # type: ignore[attr-defined]
+    assert (tmp_path / "context.kv").stat().st_size > 0
 
 
 def test_speculative_decoding_document() -> None:

@@ -15,6 +15,7 @@ from longctx.cache.snapkv import SnapKVCache
 from longctx.cache.stats import CacheStats
 from longctx.cache.storage import Storage
 from longctx.cache.streaming import StreamingCache
+from longctx.cache.tiered import TieredQuestCache
 
 __all__ = [
     "CacheStats",
@@ -28,6 +29,7 @@ __all__ = [
     "SnapKVCache",
     "Storage",
     "StreamingCache",
+    "TieredQuestCache",
     "load",
     "make_cache",
 ]

@@ -6,5 +6,15 @@ from longctx.store.geometry import PageGeometry
 from longctx.store.layer import StoreLayer
 from longctx.store.page_store import PageStore
 from longctx.store.stats import StoreStats
+from longctx.store.summary import PageSummary
 
-__all__ = ["PageGeometry", "PageStore", "PageStoreError", "StoreLayer", "StoreStats", "TierPart", "attend_tiers"]
+__all__ = [
+    "PageGeometry",
+    "PageStore",
+    "PageStoreError",
+    "PageSummary",
+    "StoreLayer",
+    "StoreStats",
+    "TierPart",
+    "attend_tiers",
+]

@@ -41,6 +41,19 @@ class PageGeometry:
         if self.dtype not in DTYPES.values():
             raise ValueError(f"longctx: a page store holds {', '.join(DTYPES)}; got {self.dtype}")
 
+    @classmethod
+    def of(cls, config: Any, *, batch: int = 1, page_size: int = 64, dtype: torch.dtype | None = None) -> PageGeometry:
+        """For the keys and values of a transformers model, from its `config`, which also gives `dtype`."""
+        config = config.get_text_config(decoder=True)
+        return cls(
+            num_layers=config.num_hidden_layers,
+            num_kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
+            head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+            batch=batch,
+            page_size=page_size,
+            dtype=dtype or config.dtype or torch.get_default_dtype(),
+        )
+
     @property
     def lanes_per_layer(self) -> int:
         return self.batch * self.num_kv_heads

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 from longctx.store._host import NoFrameError
 from longctx.store.attend import TierPart, attend_part, merge_parts
 from longctx.store.errors import PageStoreError, as_store_error
+from longctx.store.summary import PageSummary
 from longctx.store.tier import Frames, Lanes, Pages, Tier
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ class StoreLayer:
 
     Attributes:
         num_tokens: tokens of each sequence; all have as many.
+        summary: of its pages, from `summarize` on.
     """
 
     def __init__(self, store: PageStore, index: int) -> None:
@@ -34,6 +36,26 @@ class StoreLayer:
         self.lanes = np.arange(index * count, (index + 1) * count)
         self._written_tokens = 0  # of them in the file, a partial page included
         self._selection: tuple[Lanes, Pages] | None = None  # of the last `attend`
+        self.summary: PageSummary | None = None
+
+    def summarize(self, *, method: Literal["minmax", "mean"] = "minmax", max_tokens: int = 0) -> PageSummary:
+        """Keeps summaries of the pages from here on; reads those that are there once."""
+        self.summary = PageSummary(self, method=method, max_tokens=max_tokens)
+        self._summarize_from(0)
+        return self.summary
+
+    def _summarize_from(self, token: int) -> None:
+        if self.summary is None:
+            return
+        step = self._pages_at_once() * self.store.geometry.page_size
+        begin = token // self.store.geometry.page_size * self.store.geometry.page_size
+        for start in range(begin, self.num_tokens, step):
+            end = min(start + step, self.num_tokens)
+            self.summary.take(start, end, self.read(start, end)[0])
+
+    def _pages_at_once(self) -> int:
+        """Pages of each lane that may be held at once, so that those of a long prompt can leave for later ones."""
+        return max(1, min(tier.num_frames for tier in self.store.tiers) // (4 * len(self.lanes)))
 
     # ---- tokens in -------------------------------------------------------------------------------
 
@@ -48,14 +70,12 @@ class StoreLayer:
             ValueError: a shape or dtype is wrong.
             PageStoreError: no room in memory or on the disk; the layer is as it was.
         """
-        self._check_tokens(k, v)
+        self.check_tokens(k, v)
         store, old = self.store, self.num_tokens
         page_size = store.geometry.page_size
         store.check_writable()
         flat_k, flat_v = k.flatten(0, 1), v.flatten(0, 1)
-        # So that pages of a long prompt can leave for later ones of the same call.
-        fewest = min(tier.num_frames for tier in store.tiers)
-        pages_at_once = max(1, fewest // (4 * len(self.lanes)))
+        pages_at_once = self._pages_at_once()
         try:
             while (begin := self.num_tokens - old) < k.shape[2]:
                 first = self.num_tokens // page_size
@@ -70,7 +90,8 @@ class StoreLayer:
             raise
         self._unpin(store.geometry.num_pages(old) - store.num_last_pages, old // page_size + 1)
 
-    def _check_tokens(self, k: Tensor, v: Tensor) -> None:
+    def check_tokens(self, k: Tensor, v: Tensor) -> None:
+        """Raises on what `append` does not take."""
         g = self.store.geometry
         for name, x, dim in (("k", k, g.head_dim), ("v", v, g.head_dim_v)):
             expected = (g.batch, g.num_kv_heads, k.shape[2] if k.dim() == 4 else "num_tokens", dim)
@@ -91,6 +112,8 @@ class StoreLayer:
         frames = store.place(lanes, pages)
         try:
             store.top.write_rows(frames.reshape(len(self.lanes), -1), start - first * page_size, k, v)
+            if self.summary is not None:
+                self.summary.update(start, end)
             full = pages < end // page_size
             if full.any():
                 store.store_full(lanes[full], pages[full], frames[full])
@@ -109,6 +132,7 @@ class StoreLayer:
         if num_tokens % page_size:  # still there, and again the only copy
             last = np.full(len(self.lanes), num_tokens // page_size)
             store.top.frames.release(store.place(self.lanes, last))
+            self._summarize_from(num_tokens)
         self._pin_window()
 
     # ---- attention -------------------------------------------------------------------------------
@@ -204,14 +228,16 @@ class StoreLayer:
         listed = (entries >= 0) & (pages < num_pages)
         if counts is not None:
             listed &= np.arange(entries.shape[-1]) < counts.cpu().numpy()[..., None]
-        needed = np.zeros((len(self.lanes), num_pages), dtype=bool)
-        lane = np.broadcast_to(np.arange(len(self.lanes)).reshape(-1, 1, 1, 1), pages.shape)
-        needed[lane[listed], pages[listed]] = True
-        needed[:, : -(-min(num_first, self.num_tokens) // page_size)] = True
+        forced = [np.arange(-(-min(num_first, self.num_tokens) // page_size))]
         if num_last > 0:
-            needed[:, max(0, self.num_tokens - seqlen_q + 1 - num_last) // page_size :] = True
-        lanes, chosen = needed.nonzero()
-        return lanes + self.lanes[0], chosen
+            forced.append(np.arange(max(0, self.num_tokens - seqlen_q + 1 - num_last) // page_size, num_pages))
+        # One number a page: lanes one after the other.
+        begins = np.arange(len(self.lanes)) * num_pages
+        chosen = (pages + begins.reshape(-1, 1, 1, 1))[listed]
+        needed = np.unique(np.concatenate([chosen, np.add.outer(begins, np.concatenate(forced)).ravel()]))
+        if num_pages == 0:
+            return needed, needed
+        return needed // num_pages + self.lanes[0], needed % num_pages
 
     def _attend_pages(
         self, q: Tensor, lanes: Lanes, pages: Pages, indices: Tensor, counts: Tensor | None, options: dict[str, Any]
@@ -334,9 +360,11 @@ class StoreLayer:
                 f"longctx: page file {store.file.path} is damaged: sequences of layer {self.index} differ in length"
             )
         # A partial page may have been replaced by a fuller one.
-        self._drop(min(self.num_tokens, *counts) // store.geometry.page_size)
+        known = min(self.num_tokens, *counts)
+        self._drop(known // store.geometry.page_size)
         self.num_tokens = self._written_tokens = counts.pop()
         self._pin_window()
+        self._summarize_from(known)
 
     def write_partial_page(self) -> None:
         """Writes the tokens of the last page to the file if it is not full."""

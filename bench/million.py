@@ -1,0 +1,153 @@
+"""A million tokens of KV in bounded memory: `python bench/million.py --path DIRECTORY`.
+
+Fills a page store directly (nothing is prefilled: there is no model), then decodes: for each layer and token, pages are
+scored by their summaries, the best are brought from wherever they are, and attended to. Prints tokens per
+second, hit rate and peak resident memory of this process. Needles in the context prove that the pages are the
+right ones: a query for one must give its value. The file, 8 GiB, is deleted at the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import longctx
+from longctx.store import PageGeometry, PageStore, StoreLayer
+
+NUM_Q_HEADS, NUM_KV_HEADS, HEAD_DIM = 8, 2, 128
+CHUNK = 4096  # tokens appended at once
+NEEDLES = 4  # in each layer
+
+
+def peak_bytes() -> int:
+    """The most memory this process ever had resident, mapped files included."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError("no VmHWM in /proc/self/status")
+
+
+def needle(layer: int, number: int, num_tokens: int) -> tuple[int, Tensor, Tensor]:
+    """Its position, and K and V `[num_kv_heads, head_dim]`."""
+    generator = torch.Generator().manual_seed(1000 * layer + number)
+    position = int(torch.randint(num_tokens // 8, num_tokens - num_tokens // 8, (), generator=generator))
+    key, value = torch.randn(2, NUM_KV_HEADS, HEAD_DIM, generator=generator)
+    return position, key * (20 / key.norm(dim=-1, keepdim=True)), value
+
+
+def chunks(layer: int, num_tokens: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """K and V of a layer: slices of one random block at random places, and the needles."""
+    generator = torch.Generator().manual_seed(layer)
+    block = torch.randn(2, 1, NUM_KV_HEADS, 2 * CHUNK, HEAD_DIM, generator=generator, dtype=torch.bfloat16)
+    needles = [needle(layer, number, num_tokens) for number in range(NEEDLES)]
+    for begin in range(0, num_tokens, CHUNK):
+        offset = int(torch.randint(0, CHUNK, (), generator=generator))
+        k, v = block[:, :, :, offset : offset + min(CHUNK, num_tokens - begin)].clone()
+        for position, key, value in needles:
+            if begin <= position < begin + CHUNK:
+                k[0, :, position - begin], v[0, :, position - begin] = key.bfloat16(), value.bfloat16()
+        yield k, v
+
+
+def attend(layer: StoreLayer, q: Tensor, budget: int) -> Tensor:
+    """One layer of one step: score the pages, choose, attend."""
+    page_size = layer.store.geometry.page_size
+    assert layer.summary is not None
+    scores = longctx.page_scores(q, layer.summary.pages, head_reduce="group_max")
+    pages, counts = longctx.topk_select(scores, min(budget // page_size, scores.shape[-1]))
+    out, _ = layer.attend(q, pages, counts, num_first=page_size, num_last=page_size)
+    return out
+
+
+def decode(store: PageStore, steps: int, budget: int, similarity: float) -> dict[str, float]:
+    """Steps with queries of which each resembles the last by `similarity`, the cosine of the two."""
+    generator = torch.Generator().manual_seed(1)
+    shape = (len(store.layers), 1, NUM_Q_HEADS, 1, HEAD_DIM)
+    queries = torch.randn(shape, generator=generator)
+    store.reset_stats()
+    read = store.stats.bytes_read
+    began = time.perf_counter()
+    for _ in range(steps):
+        fresh = torch.randn(shape, generator=generator)
+        queries = similarity * queries + (1 - similarity**2) ** 0.5 * fresh
+        for layer, q in zip(store.layers, queries.bfloat16(), strict=True):
+            k, v = torch.randn(2, 1, NUM_KV_HEADS, 1, HEAD_DIM, generator=generator).bfloat16()
+            layer.append(k, v)
+            attend(layer, q, budget)
+    seconds = time.perf_counter() - began
+    stats = store.stats
+    return {
+        "query similarity": similarity,
+        "tokens/s": steps / seconds,
+        "hit rate": stats.hit_rate,
+        "MiB read per token": (stats.bytes_read - read) / steps / 2**20,
+    }
+
+
+def find_needles(store: PageStore, num_tokens: int, budget: int) -> int:
+    """How many needles a query for them finds."""
+    found = 0
+    for index, layer in enumerate(store.layers):
+        for number in range(NEEDLES):
+            _, key, value = needle(index, number, num_tokens)
+            q = key.repeat_interleave(NUM_Q_HEADS // NUM_KV_HEADS, dim=0).bfloat16()[None, :, None]
+            out = attend(layer, q, budget)[0, :, 0].float()
+            expected = value.repeat_interleave(NUM_Q_HEADS // NUM_KV_HEADS, dim=0)
+            found += bool(torch.allclose(out, expected, atol=0.05, rtol=0.05))
+    return found
+
+
+def run(arguments: argparse.Namespace, path: Path) -> dict[str, object]:
+    at_start = peak_bytes()
+    geometry = PageGeometry(
+        num_layers=arguments.layers, num_kv_heads=NUM_KV_HEADS, head_dim=HEAD_DIM, page_size=arguments.page_size
+    )
+    with PageStore(
+        geometry, path=path, max_host_bytes=arguments.max_host_mib << 20, direct_io=not arguments.buffered
+    ) as store:
+        began = time.perf_counter()
+        for index, layer in enumerate(store.layers):
+            layer.summarize(max_tokens=arguments.tokens + 4096)
+            for k, v in chunks(index, arguments.tokens):
+                layer.append(k, v)
+        store.commit(sync=True)
+        seconds = time.perf_counter() - began
+        result: dict[str, object] = {
+            "tokens": store.num_tokens,
+            "KV GiB": store.stats.bytes_written / 2**30,
+            "fill seconds": seconds,
+            "runs": [decode(store, arguments.steps, arguments.budget, similarity) for similarity in (0.0, 0.98)],
+            "needles": NEEDLES * arguments.layers,
+            "needles found": find_needles(store, arguments.tokens, arguments.budget),
+            "frames MiB": store.host.max_bytes / 2**20,
+            "peak beyond imports MiB": (peak_bytes() - at_start) / 2**20,
+            "peak resident MiB": peak_bytes() / 2**20,
+        }
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--path", type=Path, default=None, help="directory for the file (default: a temporary one)")
+    parser.add_argument("--tokens", type=int, default=1 << 20)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--page-size", type=int, default=64)
+    parser.add_argument("--budget", type=int, default=2048, help="tokens that each kv head selects")
+    parser.add_argument("--max-host-mib", type=int, default=1024, help="memory for pages")
+    parser.add_argument("--steps", type=int, default=64)
+    parser.add_argument("--buffered", action="store_true", help="read through the page cache, which fills with pages")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=arguments.path) as directory:
+        result = run(arguments, Path(directory) / "kv")
+    print(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()
