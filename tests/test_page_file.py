@@ -222,6 +222,30 @@ def test_flipped_bit_in_a_page(path):
 
 
 @pytest.mark.sanitize
+def test_any_damage_is_noticed_or_harmless(path):
+    """Bytes changed anywhere: an error of the page file, or every page as it was."""
+    create(path, 12)
+    whole, rng = Path(path).read_bytes(), np.random.default_rng(0)
+    refused = 0
+    for i in range(300):
+        data = bytearray(whole)
+        # Half of them where the file keeps its books.
+        end = 12288 + 4096 if i % 2 else len(data)
+        for offset in rng.integers(0, end, rng.integers(1, 4)):
+            data[offset] = rng.integers(256)
+        Path(path).write_bytes(data)
+        try:
+            file = PageFile.open(path)
+            file.verify()
+        except PageFileError:
+            refused += 1
+        else:
+            assert file.num_pages(0) == 12
+            process.check(file, every_page(file))
+    assert refused > 50
+
+
+@pytest.mark.sanitize
 @pytest.mark.parametrize("size", [0, 50, 5000, 12288 + 100, 12288 + 4096 * 40, 12288 + 129 * 4096 + 4096])
 def test_truncated(path, size):
     create(path, 30)

@@ -2,6 +2,8 @@
 
 import re
 import resource
+import runpy
+import sys
 import threading
 
 import numpy as np
@@ -307,6 +309,15 @@ def test_direct_io(tmp_path):
         assert store.stats.bytes_read > 0
     with pytest.raises(PageStoreError, match="pages of 1536 bytes are not multiples of 4096"):
         open_store(GEOMETRY, tmp_path / "kv2", direct_io=True)
+
+
+def test_without_the_compiled_part(monkeypatch):
+    """Importing works, for those who need none of it; a store says what is missing."""
+    monkeypatch.setitem(sys.modules, "longctx._host", None)
+    host = runpy.run_path(longctx.store._host.__file__)
+    for make in (host["FrameTable"], host["PageFile"].open, host["PageFile"].create):
+        with pytest.raises(ImportError, match=r"a page store needs longctx\._host"):
+            make("path")
 
 
 @pytest.mark.parametrize(
