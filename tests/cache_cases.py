@@ -16,6 +16,8 @@ from transformers_models import tiny
 # Options with which a method reads every key.
 UNLIMITED: dict[str, dict[str, Any]] = {
     "dense": {},
+    "infllm": {"window_size": 20, "block_size": 4, "num_blocks": 100},
+    "quest": {"budget": 1000, "page_size": 4, "num_dense_layers": 0},
     "recycled": {"budget": 1000, "stride": 3},
     "sirllm": {},
     "snapkv": {"budget": 1000},
@@ -23,14 +25,22 @@ UNLIMITED: dict[str, dict[str, Any]] = {
 }
 # Options with which it does not, of a prompt of 60 tokens.
 LIMITED: dict[str, dict[str, Any]] = {
+    "infllm": {
+        "num_initial_tokens": 5,
+        "window_size": 12,
+        "block_size": 4,
+        "num_blocks": 3,
+        "num_representative": 2,
+    },
+    "quest": {"budget": 24, "page_size": 4, "num_dense_layers": 1},
     "recycled": {"budget": 20, "stride": 4},
     "snapkv": {"budget": 30, "window_size": 10},
     "streaming": {"num_sink_tokens": 3, "window_size": 20},
 }
 # Those with static shapes.
-STATIC = ("dense", "streaming")
+STATIC = ("dense", "quest", "streaming")
 # Those that forget nothing, so that they can be taken back.
-LOSSLESS = ("dense", "recycled", "sirllm")
+LOSSLESS = ("dense", "quest", "recycled", "sirllm")
 # Float32 logits of sdpa itself lie up to 6e-5 from those of a float64 model.
 CLOSE = {"atol": 2e-4, "rtol": 1e-4}
 

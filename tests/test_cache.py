@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import CompileConfig
+from transformers import CompileConfig, DynamicCache
 
 import longctx
 from cache_cases import CLOSE, LOSSLESS, STATIC, UNLIMITED, generate, logits, make, ours
@@ -130,6 +130,15 @@ def test_forks_share_until_both_write() -> None:
     assert fork.layers[0].keys.data_ptr() != cache.layers[0].keys.data_ptr()
     assert torch.equal(fork.layers[0].keys[:, :, :40], cache.layers[0].keys[:, :, :40])
     assert not torch.equal(fork.layers[0].keys[:, :, 40], cache.layers[0].keys[:, :, 40])
+
+
+def test_filled_from_elsewhere() -> None:
+    model, dense = ours(), tiny("llama")
+    theirs, cache = DynamicCache(config=dense.config), DenseCache(model.config)
+    logits(dense, INPUT, theirs)
+    cache.fill([(layer.keys, layer.values) for layer in theirs.layers])
+    assert cache.get_seq_length() == 40
+    torch.testing.assert_close(logits(model, INPUT[:, :1], cache), logits(dense, INPUT[:, :1], theirs), **CLOSE)
 
 
 def test_offload_and_stats() -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cache_cases import CLOSE, LIMITED, decode, generate, logits, make, masked_run, mass, ours
-from longctx.cache import RecycledCache, SirLLMCache, SnapKVCache, StreamingCache, load
+from longctx.cache import InfLLMCache, QuestCache, RecycledCache, SirLLMCache, SnapKVCache, StreamingCache, load
 from longctx.integrations.transformers import find_rope
 from transformers_models import padding, tiny, tokens
 
@@ -97,6 +97,65 @@ def test_snapkv_keeps_what_the_end_of_the_prompt_looks_at() -> None:
     assert cache.layers[1].keys.shape == (2, 2, 40, 16)
 
 
+@pytest.mark.parametrize("step", [1, 5])
+@pytest.mark.parametrize("head_reduce", ["group_max", "group_mean", "none"])
+@pytest.mark.parametrize("static", [{}, {"max_cache_len": 75}], ids=["growing", "static"])
+def test_quest_reads_the_pages_that_could_score_best(head_reduce: str, step: int, static: dict[str, int]) -> None:
+    model = ours()
+
+    def visible(q: Tensor, k: Tensor) -> Tensor:
+        keys = k.repeat_interleave(2, 1)
+        seen = torch.zeros(2, 4, 70, 70, dtype=torch.bool)
+        for row in range(PROMPT, 70):
+            pages = keys[:, :, : row + 1].split(4, dim=2)
+            x = q[:, :, row]
+            bounds = torch.stack([torch.maximum(x * p.amin(2), x * p.amax(2)).sum(-1) for p in pages], dim=-1)
+            if head_reduce != "none":
+                group = bounds.unflatten(1, (2, 2))
+                bounds = (group.amax(2) if head_reduce == "group_max" else group.mean(2)).repeat_interleave(2, 1)
+            bounds[..., -1] = float("inf")
+            picked = chosen(bounds, 6).repeat_interleave(4, -1)[..., : row + 1]
+            seen[:, :, row, : row + 1] = picked
+        return seen
+
+    expected = masked_run(INPUT, PROMPT, visible)[:, ::step]
+    cache = QuestCache(model.config, budget=24, page_size=4, num_dense_layers=0, head_reduce=head_reduce, **static)
+    torch.testing.assert_close(decode(model, INPUT, cache, PROMPT, step), expected, **CLOSE)
+    assert static or cache.stats().layers[1].keys_read == 10 * 24
+
+
+def test_infllm_reads_the_blocks_whose_representatives_score_best() -> None:
+    """Masses of a window of 12 choose 2 of the 4 keys of a block; 3 blocks are read, from the second on."""
+    model, input_ids = ours(), tokens(2, 90, seed=4)
+
+    def visible(q: Tensor, k: Tensor) -> Tensor:
+        keys, length = k.repeat_interleave(2, 1), 90
+        row, key = torch.arange(length)[:, None], torch.arange(length)
+        near = (key <= row) & (key > row - 12)
+        local = (q @ keys.transpose(2, 3) * 0.25).masked_fill(~near, float("-inf")).softmax(-1)
+        votes = by_kv_head(local.sum(2), 2)
+        seen = torch.zeros(2, 4, length, length, dtype=torch.bool)
+        seen[..., :5] = True
+        for t in range(PROMPT, length):
+            num_blocks = (t + 1 - 12) // 4
+            best = votes[..., : 4 * num_blocks].unflatten(-1, (num_blocks, 4)).topk(2, dim=-1).indices
+            blocks = k[:, :, : 4 * num_blocks].unflatten(2, (num_blocks, 4))
+            stand_in = blocks.gather(3, best[..., None].expand(-1, -1, -1, -1, 16)).mean(3).repeat_interleave(2, 1)
+            scores = (q[:, :, t, None] * stand_in).sum(-1).sum(1)
+            scores[:, 0] = float("-inf")
+            picked = chosen(scores, 3).repeat_interleave(4, -1)
+            seen[:, :, t, : 4 * num_blocks] |= picked[:, None]
+            seen[:, :, t, max(0, t - 14) : t + 1] = True
+        return seen
+
+    expected = masked_run(input_ids, PROMPT, visible)
+    for step in (1, 5):
+        cache = make(model, "infllm", LIMITED)
+        torch.testing.assert_close(decode(model, input_ids, cache, PROMPT, step), expected[:, ::step], **CLOSE)
+    with pytest.raises(NotImplementedError, match="InfLLM cache cannot be cropped"):
+        cache.rewind(1)
+
+
 @pytest.mark.parametrize("reduce", ["mean", "max"])
 def test_recycled_recycles(reduce: str) -> None:
     """Full steps at 60, 65, 70; between them what they found, and the tokens since."""
@@ -172,6 +231,9 @@ def test_sirllm_keeps_surprises() -> None:
         (SnapKVCache, {"pool_size": 4}, "`pool_size` must be odd and at least 1; got 4"),
         (SnapKVCache, {"budget": 60}, "`budget` must be at least 64; got 60"),
         (SirLLMCache, {"decay": 0.0}, "`decay` must be above 0 and at most 1; got 0.0"),
+        (QuestCache, {"budget": 100}, "`budget` must be a multiple of `page_size` = 16; got 100"),
+        (QuestCache, {"head_reduce": "max"}, "`head_reduce` must be 'none', 'group_max', .*; got 'max'"),
+        (InfLLMCache, {"num_blocks": 0}, "`num_blocks` must be at least 1; got 0"),
         (RecycledCache, {"stride": 0}, "`stride` must be at least 1; got 0"),
         (RecycledCache, {"reduce": "sum"}, "`reduce` must be 'mean' or 'max'; got 'sum'"),
     ],

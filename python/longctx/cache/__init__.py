@@ -1,14 +1,16 @@
-"""Caches for transformers' `generate` that read, or keep, few of their keys. One file a method.
+"""Caches for transformers' `generate` that read, or keep, few of their keys: one file a method.
 
-longctx.apply(model, "dense")
-cache = longctx.cache.make_cache(model.config, "streaming", window_size=2048)
-model.generate(input_ids, past_key_values=cache)
+`longctx.cache.make_cache(model.config, "quest", budget=2048)` goes to `generate` as `past_key_values`; the model runs on
+``attn_implementation="longctx"`` (`longctx.apply`).
 """
 
-from longctx.cache.base import CallContext, Counts, LongctxLayer
+from longctx.cache.base import LongctxLayer
 from longctx.cache.cache import LongctxCache
+from longctx.cache.call import CallContext, Counts
 from longctx.cache.dense import DenseCache
+from longctx.cache.infllm import InfLLMCache
 from longctx.cache.make import load, make_cache
+from longctx.cache.quest import QuestCache
 from longctx.cache.recycled import RecycledCache
 from longctx.cache.sirllm import SirLLMCache
 from longctx.cache.snapkv import SnapKVCache
@@ -22,8 +24,10 @@ __all__ = [
     "CallContext",
     "Counts",
     "DenseCache",
+    "InfLLMCache",
     "LongctxCache",
     "LongctxLayer",
+    "QuestCache",
     "RecycledCache",
     "SirLLMCache",
     "SnapKVCache",

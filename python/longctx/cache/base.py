@@ -11,47 +11,19 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import CacheLayerMixin
 
+from longctx.cache.call import CallContext, Counts
 from longctx.cache.storage import Storage
 from longctx.ops import attention, gather_kv
-from longctx.prefill import AttentionContext
 
 # The attribute of a keys tensor that names its layer.
 LAYER = "_longctx_layer"
 IMPLEMENTATION = "longctx"
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class CallContext(AttentionContext):
-    """What a layer knows of a call besides q, k and v: causal, keys counted by `seqused_k` where that is given."""
-
-    position_ids: Tensor | None = None  # int64 [batch or 1, seqlen_q]: RoPE positions of the query tokens
-
-    def score_options(self) -> dict[str, Any]:
-        """The keywords of `attention`, `gather_attention` and the scoring ops: all that a call may set."""
-        return {"seqused_k": self.seqused_k, "softmax_scale": self.softmax_scale, "softcap": self.softcap}
-
-    def weigh_sinks(self, out: Tensor, lse: Tensor) -> Tensor:
-        """`out` with the share that the model's extra logits take, for ops that do not know them."""
-        if self.sinks is None:
-            return out
-        return (out * torch.sigmoid(lse - self.sinks[:, None])[..., None]).to(out.dtype)
-
-
-@dataclass(eq=False)
-class Counts:
-    """The tally of one layer. Keys are counted per kv head and query token; calls inside compiled graphs are not."""
-
-    calls: int = 0  # that went to `attend`
-    tokens: int = 0  # query tokens of these
-    keys_read: int = 0
-    keys_stored: int = 0  # what dense attention over the whole past would have read
 
 
 class LongctxLayer(CacheLayerMixin):
@@ -149,6 +121,14 @@ class LongctxLayer(CacheLayerMixin):
         self.rows = rows
         self.evicted = True
 
+    def fill(self, keys: Tensor, values: Tensor, queries: Tensor | None = None) -> None:
+        """Appends `[batch, heads, n, dim]` of a prompt that were computed elsewhere; `None` stands for queries of 0."""
+        self.update(keys, values)
+        self._awaiting = False
+        if queries is None:
+            queries = keys.new_zeros(()).expand(keys.shape[0], self.config.num_attention_heads, *keys.shape[2:])
+        self.finish(queries, position_ids=torch.arange(keys.shape[2], device=self.device)[None] + self.seen)
+
     # For the attention function.
 
     def arrive(self, module: nn.Module) -> None:
@@ -175,16 +155,19 @@ class LongctxLayer(CacheLayerMixin):
         """Whether a call goes to `attend`."""
         return self.filled and self._padding is None and seqlen_q <= self.max_seqlen_q
 
-    def seqused(self, seqlen_q: int) -> Tensor | None:
-        """Keys of each row with the `seqlen_q` tokens of the call in progress."""
-        return None if self.rows is None else self.rows + seqlen_q
+    def context(self, seqlen_q: int, **known: Any) -> CallContext:
+        """Of the call in progress, which has `seqlen_q` tokens."""
+        seqused, start = (None, self.slots) if self.rows is None else (self.rows + seqlen_q, self.rows)
+        return CallContext(seqused_k=seqused, start=start, **known)
 
-    def finish(self, q: Tensor, context: CallContext) -> None:
+    def finish(self, q: Tensor, **known: Any) -> None:
         """Ends a call that did not go to `attend`."""
+        start = self.slots if self.rows is None else self.rows.clone()
         self.commit(q.shape[2])
         assert self.keys is not None
         assert self.values is not None
-        self.prefilled(q, self.keys, self.values, replace(context, seqused_k=self.rows))
+        context = CallContext(seqused_k=self.rows, start=start, **known)
+        self.prefilled(q, self.keys, self.values, context)
 
     def commit(self, seqlen_q: int) -> None:
         """Counts the tokens of a call that was accepted."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -61,6 +61,14 @@ class LongctxCache(Cache):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LongctxCache:
         return self.fork()
+
+    def fill(self, keys_and_values: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Appends keys and values `[batch, num_kv_heads, n, dim]` of every layer that were computed elsewhere.
+
+        A method that looks at the queries of a prompt sees zeros; `LongctxLayer.fill` takes them too.
+        """
+        for layer, (keys, values) in zip(self.layers, keys_and_values, strict=True):
+            layer.fill(keys, values)
 
     def rewind(self, num_tokens: int) -> None:
         """Forgets the last `num_tokens` tokens of every row."""

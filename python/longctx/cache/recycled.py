@@ -14,8 +14,9 @@ from typing import Any, ClassVar
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from longctx.cache.base import CallContext, LongctxLayer
+from longctx.cache.base import LongctxLayer
 from longctx.cache.cache import LongctxCache, require
+from longctx.cache.call import CallContext
 from longctx.ops import attention, attention_mass, gather_attention, topk_select
 
 

@@ -14,8 +14,9 @@ from typing import Any, ClassVar
 from torch import Tensor
 from torch.nn.functional import avg_pool1d
 
-from longctx.cache.base import CallContext, LongctxLayer
+from longctx.cache.base import LongctxLayer
 from longctx.cache.cache import LongctxCache, require
+from longctx.cache.call import CallContext
 from longctx.ops import attention_mass, topk_select
 
 

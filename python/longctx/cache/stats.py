@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from longctx.cache.base import Counts
+from longctx.cache.call import Counts
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,8 +13,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from longctx.cache.base import CallContext, LongctxLayer
+from longctx.cache.base import LongctxLayer
 from longctx.cache.cache import LongctxCache, require
+from longctx.cache.call import CallContext
 from longctx.ops import attention, gather_attention, merge_states
 from longctx.prefill.lminfinite import rerotate
 from longctx.prefill.policy import Rope

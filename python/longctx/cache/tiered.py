@@ -7,8 +7,9 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from longctx.cache.base import LAYER, CallContext, LongctxLayer
+from longctx.cache.base import LAYER, LongctxLayer
 from longctx.cache.cache import LongctxCache, require
+from longctx.cache.call import CallContext
 from longctx.ops import page_scores, topk_select
 from longctx.store import PageGeometry, PageStore, StoreLayer
 
@@ -102,7 +103,7 @@ class TieredQuestLayer(LongctxLayer):
             softcap=context.softcap,
         )
 
-    def finish(self, q: Tensor, context: CallContext) -> None:
+    def finish(self, q: Tensor, **known: Any) -> None:
         assert self.stored is not None
         self.stored.append(*self._new)
         self.commit(q.shape[2])

@@ -85,15 +85,13 @@ def prefill(model: PreTrainedModel, context: tuple[int, ...]) -> list[Past]:
     return [layer.past for layer in cache.layers]  # type: ignore[attr-defined]
 
 
-def fill(model: PreTrainedModel, cache: Cache, pasts: list[Past]) -> None:
+def fill(cache: Cache, pasts: list[Past]) -> None:
     """Hands a cache the context as if its own model had just prefilled it."""
     for layer, past in zip(cache.layers, pasts, strict=True):
-        layer.update(past.k, past.v)  # type: ignore[union-attr]
         if isinstance(layer, LongctxLayer):
-            positions = torch.arange(past.q.shape[2])[None]
-            layer.arrive(model)
-            layer.begin(past.q.shape[2], None)
-            layer.finish(past.q, CallContext(position_ids=positions))
+            layer.fill(past.k, past.v, past.q)
+        else:
+            layer.update(past.k, past.v)  # type: ignore[union-attr]
 
 
 def read(model: PreTrainedModel, cache: Cache, context: tuple[int, ...], turn: int) -> None:
@@ -114,7 +112,7 @@ def decode(model: PreTrainedModel, row: CacheRow, task: DecodeTask, pasts: list[
         if row.turn:
             read(model, cache, task.context, row.turn)
         else:
-            fill(model, cache, pasts)
+            fill(cache, pasts)
         result.fill_seconds = time.perf_counter() - start
         seconds: list[float] = []
         for question, branch in zip(task.questions, _branches(cache, len(task.questions)), strict=True):

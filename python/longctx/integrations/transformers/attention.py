@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from longctx.cache.base import LAYER, CallContext, LongctxLayer
+from longctx.cache.base import LAYER, LongctxLayer
 from longctx.integrations.transformers.rope import Rope, key_positions
 from longctx.integrations.transformers.stats import LayerCounts
 from longctx.integrations.transformers.unsupported import refuse_unsupported
@@ -76,7 +76,7 @@ def attention_forward(
         "sinks": None if s_aux is None else s_aux.float(),
     }
     if cached is not None and cached.decodes(query.shape[2]):
-        context = _call_context(cached, options, query.shape[2], position_ids)
+        context = cached.context(query.shape[2], **_known(options, position_ids))
         out = cached.attend(query, key, value, context)
         cached.commit(query.shape[2])
         return out.transpose(1, 2).contiguous(), None
@@ -90,7 +90,7 @@ def attention_forward(
         layer_idx = getattr(module, "layer_idx", None)
         out = _sparse(state, counted, query, key, value, options, layer_idx, position_ids)
     if cached is not None:
-        cached.finish(query, _call_context(cached, options, query.shape[2], position_ids))
+        cached.finish(query, **_known(options, position_ids))
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -102,11 +102,10 @@ def _require_plain(is_causal: bool, sliding_window: int | None) -> None:
         )
 
 
-def _call_context(
-    cached: LongctxLayer, options: dict[str, Any], seqlen_new: int, position_ids: Tensor | None
-) -> CallContext:
+def _known(options: dict[str, Any], position_ids: Tensor | None) -> dict[str, Any]:
+    """What a cache's layer is told besides where its keys lie."""
     scores = {name: options[name] for name in ("softmax_scale", "softcap", "sinks")}
-    return CallContext(**scores, seqused_k=cached.seqused(seqlen_new), position_ids=position_ids)
+    return {**scores, "position_ids": position_ids}
 
 
 def _predicate(key_ranges: Tensor | None, is_causal: bool, sliding_window: int | None) -> dict[str, Any]:
