@@ -63,6 +63,10 @@ STABLE_TORCH_LIBRARY(longctx, m) {
          "gather_kv(Tensor k, Tensor v, Tensor indices, Tensor? counts=None, "
          "Tensor? seqused_k=None, Tensor? page_table=None) -> (Tensor, Tensor)");
   define(m,
+         "kmeans(Tensor keys, int num_clusters, int num_iters=10, int seed=0, "
+         "str metric=\"cosine\", Tensor? counts=None, Tensor? lengths=None) -> (Tensor, Tensor, "
+         "Tensor)");
+  define(m,
          "linear_attention(Tensor q, Tensor k, Tensor v, Tensor? log_decay=None, "
          "Tensor? initial_state=None, Tensor? cu_seqlens=None, float scale=1.0, bool causal=True, "
          "bool normalize=False, float eps=1e-6, int num_segments=0, bool reverse=False, "

@@ -60,6 +60,7 @@ RECORDING = frozenset(
         "block_sparse_attention",
         "cuda",
         "gather_attention",
+        "kmeans",
         "kv_rows",
         "linear_attention",
         "linear_attention_backward",

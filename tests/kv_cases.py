@@ -1,4 +1,4 @@
-"""Valid calls of the ops that move rows of caches, and what is illegal about their arguments."""
+"""Valid calls of the ops on rows of caches, moved or clustered, and what is illegal about their arguments."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from op_case import INT64_MAX, Call, Invalid, OpCase, generator, int32, qkv
+from op_case import INT64_MAX, Call, Invalid, OpCase, generator, int32, qkv, randn
 from topk_cases import random_indices
 
 PAGED_LENGTHS = (75, 110)
@@ -82,6 +82,24 @@ def truncated_chain(dtype: torch.dtype) -> Call:
     return paged_caches(dtype, names=NAMES) | {"num_draft_tokens": 75, "counts": int32(3, 75)}
 
 
+def clustered(dtype: torch.dtype) -> Call:
+    return {"keys": randn(2, 2, 40, 16, dtype=dtype, seed=100), "num_clusters": 5}
+
+
+def clustered_all_options(dtype: torch.dtype) -> Call:
+    """Rows that stand for several keys or for none, and lists that end early, one at once."""
+    counts = torch.randint(0, 4, (2, 3, 50), generator=generator(102), dtype=torch.int32)
+    return {
+        "keys": randn(2, 3, 50, 16, dtype=dtype, seed=101),
+        "num_clusters": 37,
+        "num_iters": 3,
+        "seed": 11,
+        "metric": "euclidean",
+        "counts": counts,
+        "lengths": int32([50, 33, 0], [1, 7, 49]),
+    }
+
+
 def edited(
     make: Callable[[torch.dtype], Call], variant: str, argument: str, index: tuple[int, ...], value: int
 ) -> Invalid:
@@ -118,6 +136,7 @@ def invalid_lists(make: dict[str, Callable[[torch.dtype], Call]]) -> dict[str, I
 
 GATHERED = {"plain": gathered_rows, "all_options": gathered_rows_all_options, "paged": gathered_rows_paged}
 COMPACTED = {"plain": compacted, "all_options": compacted_all_options, "paged": compacted_paged}
+CLUSTERED = {"plain": clustered, "all_options": clustered_all_options}
 TRUNCATED = {"plain": truncated, "path": truncated_path, "chain": truncated_chain}
 
 CASES = (
@@ -160,5 +179,27 @@ CASES = (
         },
         any_strides=frozenset({"counts"}),
         mutates=NAMES,
+    ),
+    OpCase(
+        name="kmeans",
+        calls=CLUSTERED,
+        illegal={
+            "num_clusters": (0, -1, 2**24 + 1, INT64_MAX),
+            "num_iters": (-1, -INT64_MAX),
+            "metric": ("dot", ""),
+        },
+        extreme={"num_clusters": (1, 200), "num_iters": (0, 100), "seed": (INT64_MAX, -INT64_MAX - 1)},
+        legal_changes=frozenset(
+            f"all_options: keys{change}"
+            for change in (".size(3)+1", " of dtype torch.float64", " of dtype torch.bfloat16")
+        ),
+        growing={"keys": 2},
+        invalid={
+            "counts negative": edited(clustered_all_options, "all_options", "counts", (0, 0, 0), -1),
+            "lengths past the rows": edited(clustered_all_options, "all_options", "lengths", (0, 0), 51),
+            "lengths negative": edited(clustered_all_options, "all_options", "lengths", (0, 0), -1),
+        },
+        differentiable=("keys",),
+        any_strides=frozenset({"lengths"}),
     ),
 )

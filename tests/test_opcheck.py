@@ -123,8 +123,8 @@ def test_backward_raises_and_names_the_op(case: OpCase) -> None:
     for argument, dtype in itertools.product(case.differentiable, case.dtypes):
         call = target.native(next(iter(case.calls.values()))(dtype))
         call[argument].requires_grad_()
-        result = as_tuple(case.op(**call))
-        for output in result:
+        outputs = [output for output in as_tuple(case.op(**call)) if output.is_floating_point()]
+        for output in outputs:
             with pytest.raises(NotImplementedError, match=f"longctx::{case.name}"):
                 output.nan_to_num(neginf=0.0).sum().backward(retain_graph=True)
         record(case.name, dtype, direction="backward raises")

@@ -14,6 +14,7 @@ void run_compact_kv_cpu(const CompactKVParams& params);  // and truncate_kv
 void run_summarize_pages_cpu(const SummarizePagesParams& params);
 void run_page_scores_cpu(const PageScoresParams& params);
 void run_token_scores_cpu(const TokenScoresParams& params);
+void run_kmeans_cpu(const KMeansParams& params);
 void run_block_scores_cpu(const BlockScoresParams& params);
 void run_select_blocks_cpu(const SelectBlocksParams& params);
 void run_topk_select_cpu(const TopKSelectParams& params);

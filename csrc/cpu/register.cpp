@@ -11,6 +11,7 @@
 #include "ops/compact_kv.h"
 #include "ops/gather_attention.h"
 #include "ops/gather_kv.h"
+#include "ops/kmeans.h"
 #include "ops/linear_attention.h"
 #include "ops/linear_attention_decode.h"
 #include "ops/linear_attention_states.h"
@@ -85,6 +86,7 @@ STABLE_TORCH_LIBRARY_IMPL(longctx, CPU, m) {
   m.impl("compact_kv", TORCH_BOX(&compact_kv<run_compact_kv_cpu>));
   m.impl("gather_attention", TORCH_BOX(&gather_attention<run_gather_attention_cpu>));
   m.impl("gather_kv", TORCH_BOX(&gather_kv<run_gather_kv_cpu>));
+  m.impl("kmeans", TORCH_BOX(&kmeans<run_kmeans_cpu>));
   m.impl("linear_attention", TORCH_BOX(&linear_attention<run_linear_attention_cpu>));
   m.impl("linear_attention_decode",
          TORCH_BOX(&linear_attention_decode<run_linear_attention_decode_cpu>));

@@ -48,6 +48,10 @@ struct Vec {
     for (int i = 0; i < kLanes; ++i) a.v[i] = (bits >> i & 1) != 0 ? a.v[i] : b.v[i];
     return a;
   }
+  friend Vec select_less(Vec x, Vec y, Vec a, Vec b) {
+    for (int i = 0; i < kLanes; ++i) a.v[i] = x.v[i] < y.v[i] ? a.v[i] : b.v[i];
+    return a;
+  }
   // The first and the second half of a0 b0 a1 b1 ...
   friend Vec zip_low(Vec a, Vec b) { return zip_from(a, b, 0); }
   friend Vec zip_high(Vec a, Vec b) { return zip_from(a, b, kLanes / 2); }

@@ -263,6 +263,25 @@ struct PageScoresParams {
   float* scores = nullptr;  // [batch, out heads, out rows, num_pages], contiguous
 };
 
+// Lloyd's k-means of the keys of each (batch entry, head).
+struct KMeansParams {
+  DType dtype = DType::kFloat32;
+  TensorView keys;            // [batch, heads, n, dim]
+  RowsView<int32_t> counts;   // [batch, heads, n]: keys that a row stands for; null: 1
+  RowsView<int32_t> lengths;  // [batch, heads]: rows at or beyond it do not exist; null: n
+  int64_t batch = 0;
+  int64_t heads = 0;
+  int64_t n = 0;
+  int64_t dim = 0;
+  int64_t num_clusters = 0;
+  int64_t num_iters = 0;
+  uint64_t seed = 0;
+  bool cosine = false;                // rows are scaled to length 1, centroids given as they are
+  void* centroids = nullptr;          // [batch, heads, num_clusters, dim], contiguous
+  int32_t* labels = nullptr;          // [batch, heads, n]
+  int32_t* cluster_counts = nullptr;  // [batch, heads, num_clusters]
+};
+
 struct MergeStatesParams {
   DType dtype = DType::kFloat32;
   const void* out = nullptr;           // [num_states, rows, dim], contiguous

@@ -1,14 +1,16 @@
-"""The measured cases of what happens to rows of caches."""
+"""The measured cases of what happens to rows of caches: moved, or clustered."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 import longctx
-from longctx.benchmark.case import BF16, Case, Contenders
+from longctx import reference
+from longctx.benchmark.case import BF16, FP32, Case, Contenders
 
 
 def _caches(length: int, dtype: torch.dtype, layers: int) -> list[Tensor]:
@@ -59,7 +61,37 @@ def _compact_kv(length: int, dtype: torch.dtype) -> Contenders:
     return Contenders(run, 0.0, 2 * 2.0 * layers * 8 * len(kept) * 128 * dtype.itemsize)
 
 
+def _kmeans(length: int, dtype: torch.dtype) -> Contenders:
+    """5% of the keys as clusters, 10 iterations, one head; torch starts from random keys, which costs nothing."""
+    generator = torch.Generator().manual_seed(0)
+    clusters, num_iters = max(1, length // 20), 10
+    centres = torch.randn(clusters, 128, generator=generator)
+    of = torch.randint(clusters, (length,), generator=generator)
+    keys = (centres[of] + 2.0 * torch.randn(length, 128, generator=generator)).to(dtype)
+    options = {"num_iters": num_iters, "metric": "euclidean"}
+
+    def torch_kmeans() -> tuple[Tensor, Tensor]:
+        points = keys.float()
+        means = points[torch.randperm(length, generator=generator)[:clusters]]
+        for _ in range(num_iters + 1):
+            labels = torch.addmm(-0.5 * means.square().sum(dim=1), points, means.mT).argmax(dim=1)
+            sizes = torch.bincount(labels, minlength=clusters)[:, None]
+            sums = torch.zeros_like(means).index_add_(0, labels, points)
+            means = torch.where(sizes > 0, sums / sizes.clamp(min=1), means)
+        return means, labels
+
+    run: dict[str, Callable[[], object]] = {
+        "longctx": lambda: longctx.kmeans(keys[None, None], clusters, **options),  # type: ignore[arg-type]
+        "torch": torch_kmeans,
+    }
+    twin = functools.partial(reference.kmeans, keys[None, None], clusters, **options)  # type: ignore[arg-type]
+    products = num_iters + 1  # of the seeding and of each iteration
+    return Contenders(run, 2.0 * products * length * clusters * 128, keys.nbytes, exact=twin)
+
+
 CASES = [
     Case("2048 keys of all, 8 heads, D=128", "gather_kv", 131072, BF16, _gather_kv),
     Case("half of the keys, 8 layers of 8 heads, D=128", "compact_kv", 4096, BF16, _compact_kv),
+    Case("5% clusters, 10 iterations, D=128", "kmeans", 32768, FP32, _kmeans),
+    Case("5% clusters, 10 iterations, D=128", "kmeans", 32768, BF16, _kmeans),
 ]

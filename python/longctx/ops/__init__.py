@@ -12,6 +12,7 @@ from longctx.ops.block_sparse_attention import block_sparse_attention  # noqa: E
 from longctx.ops.compact_kv import compact_kv  # noqa: E402
 from longctx.ops.gather_attention import gather_attention  # noqa: E402
 from longctx.ops.gather_kv import gather_kv  # noqa: E402
+from longctx.ops.kmeans import kmeans  # noqa: E402
 from longctx.ops.linear_attention import linear_attention  # noqa: E402
 from longctx.ops.linear_attention_decode import linear_attention_decode  # noqa: E402
 from longctx.ops.linear_attention_states import linear_attention_states  # noqa: E402
@@ -33,6 +34,7 @@ __all__ = [
     "compact_kv",
     "gather_attention",
     "gather_kv",
+    "kmeans",
     "linear_attention",
     "linear_attention_decode",
     "linear_attention_states",

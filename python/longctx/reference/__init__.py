@@ -11,6 +11,7 @@ from longctx.reference.attention_mass import attention_mass
 from longctx.reference.block_scores import block_scores
 from longctx.reference.block_sparse_attention import block_sparse_attention
 from longctx.reference.gather_attention import gather_attention
+from longctx.reference.kmeans import kmeans
 from longctx.reference.kv_rows import compact_kv, gather_kv, truncate_kv
 from longctx.reference.linear_attention import linear_attention, linear_attention_decode, linear_attention_states
 from longctx.reference.merge_states import merge_states
@@ -29,6 +30,7 @@ __all__ = [
     "compact_kv",
     "gather_attention",
     "gather_kv",
+    "kmeans",
     "linear_attention",
     "linear_attention_decode",
     "linear_attention_states",
