@@ -60,6 +60,8 @@ RECORDING = frozenset(
         "block_sparse_attention",
         "cuda",
         "gather_attention",
+        "gather_attention_positions",
+        "gather_attention_results",
         "kmeans",
         "kv_rows",
         "linear_attention",
