@@ -37,14 +37,14 @@ def _model(dtype: torch.dtype, attn_implementation: str) -> Any:
     return model.eval()
 
 
-def _generate(length: int, dtype: torch.dtype, *, kind: str, num_tokens: int) -> Contenders:
+def _generate(length: int, dtype: torch.dtype, *, kind: str, num_tokens: int, **chosen: int) -> Contenders:
     """`num_tokens` tokens behind a cache of `length` that was filled directly; every turn starts from there."""
     from transformers import DynamicCache
 
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, 1024, (1, length + 1), generator=generator)
     stock, ours = _model(dtype, "sdpa"), longctx.apply(_model(dtype, "longctx"), "dense")
-    dynamic, cache = DynamicCache(config=stock.config), longctx.cache.make_cache(ours.config, kind)
+    dynamic, cache = DynamicCache(config=stock.config), longctx.cache.make_cache(ours.config, kind, **chosen)
     shape = (1, KV_HEADS, length, HEAD_DIM)
     for index in range(LAYERS):
         keys, values = (torch.empty(shape, dtype=dtype).normal_(generator=generator) for _ in range(2))
@@ -70,12 +70,16 @@ def _generate(length: int, dtype: torch.dtype, *, kind: str, num_tokens: int) ->
 
 CASES = [
     Case(
-        f"8 tokens by {kind}, 8 layers of GQA 8/2, D=128",
+        f"8 tokens by {title}, 8 layers of GQA 8/2, D=128",
         "generate",
         65536,
         BF16,
-        partial(_generate, kind=kind, num_tokens=8),
-        {"DynamicCache + sdpa": (3.0, 8.0)},
+        partial(_generate, kind=kind, num_tokens=8, **options),
+        {"DynamicCache + sdpa": goals} if goals else {},
     )
-    for kind in ("quest",)
+    for title, kind, options, goals in (
+        ("quest", "quest", {}, (3.0, 8.0)),
+        ("quest, no layer dense", "quest", {"num_dense_layers": 0}, (3.0, 8.0)),
+        ("dense", "dense", {}, None),
+    )
 ]
