@@ -43,7 +43,7 @@ def test_every_op_has_an_example(name: str) -> None:
 
 
 def test_readme_snippet() -> None:
-    snippet, _ = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    snippet, _, _ = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
     namespace: dict[str, object] = {}
     exec(snippet, namespace)
     out = namespace["out"]
@@ -51,12 +51,22 @@ def test_readme_snippet() -> None:
     assert out.shape == (1, 8, 4096, 128)
 
 
+def test_readme_cache() -> None:
+    _, snippet, _ = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(num_hidden_layers=2, hidden_size=64, num_attention_heads=4, vocab_size=64)
+    namespace = {"longctx": longctx, "model": transformers.LlamaForCausalLM(config)}
+    namespace["input_ids"] = torch.ones(1, 100, dtype=torch.long)
+    exec(snippet, namespace)
+    assert namespace["cache"].get_seq_length() > 100
+
+
 def test_readme_page_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("transformers", reason="needs transformers")
     from cache_cases import ours
     from transformers_models import tokens
 
-    _, snippet = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    _, _, snippet = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
     monkeypatch.chdir(tmp_path)
     namespace = {"longctx": longctx, "model": ours(), "input_ids": tokens(1, 100)}
     exec(snippet.replace("1 << 30", "1 << 24"), namespace)
