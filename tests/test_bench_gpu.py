@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from longctx.benchmark import gpu, gpu_cases, gpu_linear
+from longctx.benchmark import gpu, gpu_cases, gpu_gather, gpu_linear
 from longctx.benchmark.gpu_cases import CASES, HEADLINE, GpuCase
 from longctx.benchmark.gpu_targets import TENTH, K
 from longctx.cli import main
@@ -164,11 +164,19 @@ def test_markdown_of_a_synthetic_result() -> None:
 
 def test_targets_without_their_cases_say_so() -> None:
     targets = gpu.Report({}).targets()
-    assert len(targets) == 14
+    assert len(targets) == 16
     assert all(target.measured is None and "| not measured |" in target.line() for target in targets)
     measured = [target for target in SYNTHETIC.targets() if target.measured is not None]
     assert [target.measured for target in measured] == [pytest.approx(0.9)]
     assert measured[0].met
+
+
+def test_targets_beside_the_copy_of_the_run() -> None:
+    """Half of the bytes of a copy in the same time."""
+    gathered = gpu.Result("gather_attention", gpu_gather.PAGES, 128 * K, {"longctx": 1e-3}, {}, 0.0, 2e9)
+    targets = gpu.Report({}, gpu.Ceilings(4e12, 8e14), [gathered]).targets()
+    assert [target.measured for target in targets if target.measured is not None] == [pytest.approx(0.5)]
+    assert not any(target.measured for target in gpu.Report({}, None, [gathered]).targets())
 
 
 def test_targets_from_sparse_results() -> None:

@@ -39,6 +39,7 @@ def test_dtypes(isa: str, dtype: torch.dtype) -> None:
     check_attention("gather_attention", gathered_roped(dtype))
 
 
+@pytest.mark.runs_on("cpu", reason="float64: on CUDA an error (test_cuda.py)")
 def test_float64(isa: str) -> None:
     call = gathered_roped(torch.float64)
     twin = longctx.reference.gather_attention(**call)

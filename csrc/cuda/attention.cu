@@ -120,10 +120,7 @@ AttentionPlan choose_plan(const char* op, const AttentionParams& p, const BlockL
 
 void require_supported_attention(const char* op, const AttentionParams& p) {
   require_supported(op, p.dtype, p.head_dim, p.seqs);
-  if (p.head_dim_v <= kMaxHeadDim) return;
-  throw std::invalid_argument(std::string("longctx::") + op +
-                              ": `v` must have a head_dim_v of at most 256 on CUDA; got " +
-                              std::to_string(p.head_dim_v));
+  require_head_dim_v(op, p.head_dim_v);
 }
 
 // Rows of the query axis that belong to no sequence: out = 0, lse = -inf.

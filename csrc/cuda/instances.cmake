@@ -7,6 +7,7 @@ set(LONGCTX_CUDA_SOURCES
   csrc/cuda/attention_mass.cu
   csrc/cuda/block_scores.cu
   csrc/cuda/attention.cu
+  csrc/cuda/gather_attention.cu
   csrc/cuda/instances.cpp
   csrc/cuda/linear_attention.cu
   csrc/cuda/linear_attention_decode.cu
@@ -44,6 +45,10 @@ longctx_cuda_kernel(attention sm_80 "${attention_arguments}"
 longctx_cuda_kernel(attention sm_90a "${attention_arguments}"
   DTYPES bfloat16 float16 HEAD_DIMS 64 128 256)
 longctx_cuda_kernel(attention_fp32 sm_80 "${attention_arguments}" DTYPES float32 HEAD_DIMS 64 128 256)
+
+longctx_cuda_kernel(gather_attention sm_80
+  "const longctx::GatherAttentionParams&, const longctx::cuda::GatherPlan&"
+  DTYPES bfloat16 float16 float32 HEAD_DIMS 64 128 256)
 
 set(linear_arguments "const longctx::LinearAttentionParams&, const longctx::cuda::LinearPass&")
 longctx_cuda_kernel(linear_attention sm_80 "${linear_arguments}"

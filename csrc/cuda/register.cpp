@@ -17,6 +17,7 @@
 #include "ops/block_scores.h"
 #include "ops/block_sparse_attention.h"
 #include "ops/force_cuda_path.h"
+#include "ops/gather_attention.h"
 #include "ops/linear_attention.h"
 #include "ops/linear_attention_decode.h"
 #include "ops/linear_attention_states.h"
@@ -142,6 +143,8 @@ STABLE_TORCH_LIBRARY_IMPL(longctx, CUDA, m) {
   m.impl("block_scores", TORCH_BOX(&OnDevice<&block_scores<cuda::run_block_scores_cuda>>::run));
   m.impl("block_sparse_attention",
          TORCH_BOX(&OnDevice<&block_sparse_attention<cuda::run_block_sparse_attention_cuda>>::run));
+  m.impl("gather_attention",
+         TORCH_BOX(&OnDevice<&gather_attention<cuda::run_gather_attention_cuda>>::run));
   m.impl(
       "linear_attention_decode",
       TORCH_BOX(&OnDevice<&linear_attention_decode<cuda::run_linear_attention_decode_cuda>>::run));

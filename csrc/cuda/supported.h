@@ -28,4 +28,11 @@ inline void require_supported(const std::string& op, DType dtype, int64_t head_d
           std::to_string(seqs.seqlen_k));
 }
 
+inline void require_head_dim_v(const std::string& op, int64_t head_dim_v) {
+  if (head_dim_v <= kMaxHeadDim) return;
+  throw std::invalid_argument("longctx::" + op +
+                              ": `v` must have a head_dim_v of at most 256 on CUDA; got " +
+                              std::to_string(head_dim_v));
+}
+
 }  // namespace longctx::cuda

@@ -6,6 +6,7 @@
 #include "ops/block_scores.h"
 #include "ops/block_sparse_attention.h"
 #include "ops/force_cuda_path.h"
+#include "ops/gather_attention.h"
 #include "ops/linear_attention.h"
 #include "ops/linear_attention_decode.h"
 #include "ops/linear_attention_states.h"
@@ -73,6 +74,7 @@ STABLE_TORCH_LIBRARY_IMPL(longctx, CPU, m) {
   m.impl("block_scores", TORCH_BOX(&block_scores<run_block_scores_cuda>));
   m.impl("block_sparse_attention",
          TORCH_BOX(&block_sparse_attention<run_block_sparse_attention_cuda>));
+  m.impl("gather_attention", TORCH_BOX(&gather_attention<run_gather_attention_cuda>));
   m.impl("linear_attention_decode",
          TORCH_BOX(&linear_attention_decode<run_linear_attention_decode_cuda>));
   m.impl("linear_attention", TORCH_BOX(&linear_attention<run_linear_attention_cuda>));

@@ -1,0 +1,105 @@
+// Launches gather_attention: the instance and the segments.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <algorithm>
+#include <limits>
+#include <stdexcept>
+#include <string>
+
+#include "cuda/gather_attention.h"
+#include "cuda/gather_mass.cuh"
+#include "cuda/kernels.h"
+#include "cuda/merge_splits.h"
+#include "cuda/runtime.h"
+#include "cuda/supported.h"
+
+namespace longctx::cuda {
+namespace {
+
+constexpr const char* kOp = "gather_attention";
+
+// The most keys that a token's set can name.
+int64_t num_slots(const GatherAttentionParams& p) {
+  return p.num_entries * std::min(p.block_size_k, p.seqs.seqlen_k) + p.num_first + p.num_last;
+}
+
+// Enough blocks for two waves of a large GPU, but no segment without two tiles for every warp. By
+// shapes alone, so that the bits are the same on every GPU.
+int64_t choose_segments(const GatherAttentionParams& p, int64_t units) {
+  if (p.block_out != nullptr) return p.num_entries + 1;
+  constexpr int64_t kBlocks = 1024, kMinKeys = 128, kMaxSegments = 128;
+  return std::max<int64_t>(1, std::min({kBlocks / units, num_slots(p) / kMinKeys, kMaxSegments}));
+}
+
+template <class T>
+void launch_dim(const GatherAttentionParams& p, const GatherPlan& plan) {
+  const int64_t dim = std::max(p.head_dim, p.head_dim_v);
+  if (dim <= 64) return launch_gather_attention<T, 64>(p, plan);
+  if (dim <= 128) return launch_gather_attention<T, 128>(p, plan);
+  launch_gather_attention<T, 256>(p, plan);
+}
+
+void launch_dtype(const GatherAttentionParams& p, const GatherPlan& plan) {
+  switch (p.dtype) {
+    case DType::kBFloat16:
+      return launch_dim<__nv_bfloat16>(p, plan);
+    case DType::kFloat16:
+      return launch_dim<__half>(p, plan);
+    default:
+      return launch_dim<float>(p, plan);
+  }
+}
+
+void sum_masses(const GatherAttentionParams& p, const GatherPlan& plan) {
+  const int64_t masses = p.seqs.batch * p.index_heads * p.index_tokens * (p.num_entries + 1);
+  if (masses == 0) return;
+  const auto grid = dim3(static_cast<unsigned>((masses + kMassWarps - 1) / kMassWarps));
+  launch(kOp, &gather_mass_kernel, grid, kMassWarps * device::kWarpSize, 0, p, plan);
+}
+
+void merge(const GatherAttentionParams& p, const GatherPlan& plan) {
+  SplitMerge splits;
+  splits.dtype = p.dtype;
+  splits.out = plan.partials.out;
+  splits.lse = plan.partials.lse;
+  splits.num_splits = plan.num_segments;
+  splits.batch = p.seqs.batch;
+  splits.heads = p.num_q_heads;
+  splits.seqlen_q = p.seqs.seqlen_q;
+  splits.dim_v = p.head_dim_v;
+  splits.merged_out = p.out;
+  splits.merged_lse = static_cast<float*>(p.lse);
+  merge_splits(kOp, splits);
+}
+
+}  // namespace
+
+void run_gather_attention_cuda(const GatherAttentionParams& p) {
+  require_supported(kOp, p.dtype, p.head_dim, p.seqs);
+  require_head_dim_v(kOp, p.head_dim_v);
+  if (num_slots(p) > std::numeric_limits<int32_t>::max()) {
+    throw std::invalid_argument(std::string("longctx::") + kOp +
+                                ": `indices` must list fewer than 2^31 keys a token on CUDA; got " +
+                                std::to_string(num_slots(p)));
+  }
+  constexpr int64_t kFloat = sizeof(float);
+  const int64_t rows = p.seqs.batch * p.num_q_heads * p.seqs.seqlen_q;
+  GatherPlan plan;
+  plan.heads = p.index_heads == p.num_q_heads ? p.num_q_heads : p.num_kv_heads;
+  plan.max_slots = num_slots(p);
+  const Workspace scores(p.key_mass == nullptr ? 0 : rows * plan.max_slots * kFloat);
+  plan.scores = scores.as<float>();
+  if (rows > 0) {
+    plan.num_segments = choose_segments(p, p.seqs.batch * plan.heads * p.seqs.seqlen_q);
+    const int64_t states = plan.num_segments == 1 ? 0 : plan.num_segments * rows;
+    const Workspace partial_out(states * p.head_dim_v * kFloat);
+    const Workspace partial_lse(states * kFloat);
+    plan.partials = {partial_out.as<float>(), partial_lse.as<float>()};
+    launch_dtype(p, plan);
+    if (plan.num_segments > 1) merge(p, plan);
+  }
+  if (p.key_mass != nullptr) sum_masses(p, plan);
+}
+
+}  // namespace longctx::cuda

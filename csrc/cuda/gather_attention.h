@@ -1,0 +1,28 @@
+// Launchers of the kernel of gather_attention, one instance per dtype and head_dim; see
+// gather_attention.cuh.
+#pragma once
+#include <cstdint>
+
+#include "cuda/partials.h"
+#include "longctx/params.h"
+
+namespace longctx::cuda {
+
+// How gather_attention.cu wants a call to run.
+struct GatherPlan {
+  int64_t heads = 1;           // of the units: kv heads, or query heads that select for themselves
+  int64_t num_segments = 1;    // of a unit's set
+  AttentionPartials partials;  // with num_segments > 1
+  // Scores of every slot of a set, where masses are wanted: [batch, num_q_heads, seqlen_q,
+  // max_slots], natural logarithms of weights; -inf where a slot holds no key.
+  float* scores = nullptr;
+  int64_t max_slots = 0;
+};
+
+// head_dim: the smallest instance that holds both head_dim and head_dim_v.
+template <class T, int head_dim>
+void launch_gather_attention(const GatherAttentionParams& params, const GatherPlan& plan);
+template <class T, int head_dim>
+int64_t gather_attention_shared_bytes();
+
+}  // namespace longctx::cuda
