@@ -32,6 +32,8 @@ from prefill_cases import random_blocks  # noqa: E402
 
 ALLOWED_RATIO = 4.0  # of the error to twice that of the CPU kernel and a unit in the last place
 HALF = (torch.bfloat16, torch.float16)
+# Rotated operands are rounded to 16 bits there, and not on the CPU: the tests compare these with PyTorch.
+ROTATED = {("gather_attention", "roped"), ("gather_attention", "tree")}
 INDICES = {"select_blocks", "threshold_select", "topk_select"}  # exact, and of no float64
 Path_ = Literal["auto", "sm80", "sm90"]
 
@@ -150,6 +152,8 @@ def other_smokes(device: str) -> Iterator[Smoke]:
     for case in CASES.values():
         for variant, make in case.calls.items():
             for dtype in case.dtypes if case.name in ops else ():
+                if dtype in HALF and (case.name, variant) in ROTATED:
+                    continue
                 yield Smoke(f"{case.name} {short(dtype)}: {variant}", case.name, functools.partial(make, dtype))
 
 

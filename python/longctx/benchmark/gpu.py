@@ -74,7 +74,7 @@ class Report:
     stages: list[dict[str, Any]] = field(default_factory=list)  # of bench/gpu.py: name, outcome, seconds
 
     def targets(self) -> list[Target]:
-        return evaluated(self.results)
+        return evaluated(self.results, self.ceilings)
 
     def document(self) -> dict[str, Any]:
         return asdict(self) | {"targets": [asdict(target) for target in self.targets()]}
@@ -143,7 +143,8 @@ def measure(case: GpuCase, device: str = "cuda", *, length: int | None = None, r
     length = length or case.length
     work = case.work(device, length)
     calls, errors = checked(work, device)
-    path = None if case.op.startswith("linear_attention") else attention_path(work.inputs)
+    no_path = case.op.startswith(("linear_attention", "gather_attention"))
+    path = None if no_path else attention_path(work.inputs)
     sample = sampler(device)
     sets = copies(work.inputs)
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import longctx
-from longctx.benchmark import gpu_linear, gpu_topk, peers
+from longctx.benchmark import gpu_gather, gpu_linear, gpu_topk, peers
 from longctx.benchmark.gpu_work import CHECKED_ROWS, GpuCase, Inputs, Run, Work, gpu_case, randn
 from longctx.testing import block_list, force_cuda_path
 
@@ -274,4 +274,7 @@ OTHERS: list[GpuCase] = [
     case("FlexPrefill, noise, 32/8 heads", "policy", 32 * K, policy_on_noise, spec="flexprefill"),
     case("XAttention, noise, 32/8 heads", "policy", 32 * K, policy_on_noise, spec="xattention"),
 ]  # fmt: skip
-CASES = HEADLINE + gpu_linear.HEADLINE + gpu_topk.HEADLINE + OTHERS + gpu_linear.OTHERS + gpu_topk.OTHERS
+CASES = [
+    *(HEADLINE + gpu_linear.HEADLINE + gpu_topk.HEADLINE + gpu_gather.CASES),
+    *(OTHERS + gpu_linear.OTHERS + gpu_topk.OTHERS),
+]

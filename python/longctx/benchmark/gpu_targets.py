@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from longctx.benchmark import gpu_linear, gpu_topk
+from longctx.benchmark import gpu_gather, gpu_linear, gpu_topk
 from longctx.benchmark.gpu_cases import DENSE_16K, FLEXPREFILL, SPARSE
 
 if TYPE_CHECKING:
-    from longctx.benchmark.gpu import Result
+    from longctx.benchmark.gpu import Ceilings, Result
 
 K = 1024
 TENTH = SPARSE.format(0.1)
@@ -43,7 +43,7 @@ class Target:
         return f"| {self.work} | {self.beside} | {measured} | {relation}{self.minimum:g} | {goal} |"
 
 
-def evaluated(results: Sequence[Result]) -> list[Target]:
+def evaluated(results: Sequence[Result], ceilings: Ceilings | None = None) -> list[Target]:
     """Every target; measured where its cases were."""
     by_case = {(result.case, result.length): result for result in results}
 
@@ -81,6 +81,17 @@ def evaluated(results: Sequence[Result]) -> list[Target]:
 
         return share
 
+    def of_copy(case: str) -> Callable[[], float | None]:
+        """Bytes per second of a gather from 128k keys over those of a copy in the same run."""
+
+        def share() -> float | None:
+            result = by_case.get((case, 128 * K))
+            if result is None or result.ours is None or ceilings is None:
+                return None
+            return result.bytes / result.ours / ceilings.copy_bytes_per_second
+
+        return share
+
     linear, linear_backward = gpu_linear.LARGE, gpu_linear.LARGE + gpu_linear.BACKWARD
     policy_ratio = beside(FLEXPREFILL, 128 * K, "sdpa*")
     rows: list[tuple[str, str, float, float | None, bool, Callable[[], float | None]]] = [
@@ -112,6 +123,10 @@ def evaluated(results: Sequence[Result]) -> list[Target]:
          beside(gpu_linear.LAUNCH_BOUND, K, "fla")),
         ("the 2048 best of 128k scores, 8 rows", "microseconds", 25, 12, True,
          lambda: ratio(seconds(gpu_topk.ROWS.format("random"), 128 * K, "longctx"), 1e-6)),
+        ("gather_attention over 256 MiB of pages of 16 keys", "measured copy bandwidth", 0.75, 0.9, False,
+         of_copy(gpu_gather.PAGES)),
+        ("gather_attention over 256 MiB of scattered keys", "measured copy bandwidth", 0.6, 0.75, False,
+         of_copy(gpu_gather.TOKENS)),
     ]  # fmt: skip
     return [
         Target(work, beside_what, minimum, goal, measured(), at_most)
