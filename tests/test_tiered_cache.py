@@ -47,6 +47,9 @@ def test_generates_what_the_dense_model_does(tmp_path, options, device_frames):
         assert torch.equal(generate(model, INPUT, cache, **options), generate(tiny("llama"), INPUT, **options))
         assert cache.get_seq_length() == store.num_tokens == 71
         assert store.stats.misses > 0
+        # Nothing but the store has the prompt.
+        assert not any(isinstance(value, torch.Tensor) for layer in cache.layers for value in vars(layer).values())
+        assert all(layer._new is None for layer in cache.layers)
 
 
 def test_budget_reads_the_pages_that_score_best(tmp_path):

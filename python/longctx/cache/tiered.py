@@ -20,6 +20,7 @@ class TieredQuestLayer(LongctxLayer):
     """Keys and values live in the store alone; what a call brings is appended when attention has it."""
 
     stored: StoreLayer | None = None
+    _new: tuple[Tensor, Tensor] | None = None  # keys and values of the call in progress
 
     def __init__(
         self,
@@ -58,8 +59,9 @@ class TieredQuestLayer(LongctxLayer):
         self._new = key_states, value_states
         keys, values = key_states.view_as(key_states), value_states
         if self.filled and key_states.shape[2] > self.max_seqlen_q:
-            past = self.stored.read(0, self.slots)
-            keys, values = (torch.cat(pair, dim=2) for pair in zip(past, self._new, strict=True))
+            past_keys, past_values = self.stored.read(0, self.slots)
+            keys = torch.cat([past_keys, key_states], dim=2)
+            values = torch.cat([past_values, value_states], dim=2)
         setattr(keys, LAYER, self)
         self._awaiting = True
         return keys, values
@@ -73,6 +75,7 @@ class TieredQuestLayer(LongctxLayer):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, context: CallContext) -> Tensor:
         assert self.stored is not None
+        self._new = None
         self.stored.append(k, v)
         try:
             out, lse = self._attend(q, context)
@@ -105,7 +108,9 @@ class TieredQuestLayer(LongctxLayer):
 
     def finish(self, q: Tensor, **known: Any) -> None:
         assert self.stored is not None
+        assert self._new is not None
         self.stored.append(*self._new)
+        self._new = None  # the store alone has a prompt
         self.commit(q.shape[2])
 
     def cropped(self) -> None:
