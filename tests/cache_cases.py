@@ -21,6 +21,7 @@ UNLIMITED: dict[str, dict[str, Any]] = {
     "recycled": {"budget": 1000, "stride": 3},
     "sirllm": {},
     "snapkv": {"budget": 1000},
+    "squeezed": {"sparsity": 0.0, "window_size": 5},
     "streaming": {"window_size": 1000},
 }
 # Options with which it does not, of a prompt of 60 tokens.
@@ -35,12 +36,13 @@ LIMITED: dict[str, dict[str, Any]] = {
     "quest": {"budget": 24, "page_size": 4, "num_dense_layers": 1},
     "recycled": {"budget": 20, "stride": 4},
     "snapkv": {"budget": 30, "window_size": 10},
+    "squeezed": {"sparsity": 0.7, "clusters": 0.3, "window_size": 10},
     "streaming": {"num_sink_tokens": 3, "window_size": 20},
 }
 # Those with static shapes.
 STATIC = ("dense", "quest", "streaming")
 # Those that forget nothing, so that they can be taken back.
-LOSSLESS = ("dense", "quest", "recycled", "sirllm")
+LOSSLESS = ("dense", "quest", "recycled", "sirllm", "squeezed")
 # Float32 logits of sdpa itself lie up to 6e-5 from those of a float64 model.
 CLOSE = {"atol": 2e-4, "rtol": 1e-4}
 

@@ -14,6 +14,7 @@ from longctx.cache.quest import QuestCache
 from longctx.cache.recycled import RecycledCache
 from longctx.cache.sirllm import SirLLMCache
 from longctx.cache.snapkv import SnapKVCache
+from longctx.cache.squeezed import SqueezedCache
 from longctx.cache.stats import CacheStats
 from longctx.cache.storage import Storage
 from longctx.cache.streaming import StreamingCache
@@ -31,6 +32,7 @@ __all__ = [
     "RecycledCache",
     "SirLLMCache",
     "SnapKVCache",
+    "SqueezedCache",
     "Storage",
     "StreamingCache",
     "TieredQuestCache",
