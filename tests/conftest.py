@@ -35,11 +35,14 @@ SIMT_TESTS: dict[str, frozenset[str]] = {
     "test_linear_attention_decode.py": frozenset(),
     "test_linear_attention_reverse.py": frozenset(),
     "test_merge_states.py": frozenset(),
+    "test_page_scores.py": frozenset(),
     "test_policy.py": frozenset({"test_equals_masked_dense"}),
     "test_select_blocks.py": frozenset(),
+    "test_summarize_pages.py": frozenset(),
     "test_support_matrix.py": frozenset(),
     "test_target.py": frozenset(),
     "test_threshold_select.py": frozenset(),
+    "test_token_scores.py": frozenset(),
     "test_topk_select.py": frozenset(),
 }
 # Of the cases of these tests, or of all tests of these files, one in so many on fibers: they differ little.
@@ -53,8 +56,11 @@ SIMT_ONE_IN = {
     "test_gather_attention_results.py": 8,
     "test_linear_attention.py": 2,
     "test_linear_attention_reverse.py": 4,
+    "test_page_scores.py": 3,
     "test_random_combinations": 2,
+    "test_summarize_pages.py": 3,
     "test_threshold_select.py": 8,
+    "test_token_scores.py": 3,
     "test_topk_select.py": 8,
 }
 MAX_CUDA_HEAD_DIM = 256

@@ -47,8 +47,10 @@ def test_large_head_dim_raises(name: str) -> None:
         call = random_blocks(call, block_size_q=16, block_size_k=16)
     if name == "gather_attention":
         call["indices"] = torch.zeros(2, 1, 1, 3, dtype=torch.int32)
-    if name in ("attention_mass", "block_scores"):
+    if name in ("attention_mass", "block_scores", "page_scores", "token_scores"):
         del call["v"]
+    if name == "page_scores":
+        call |= {"summary": call.pop("k"), "method": "dot"}
     if name == "attention_mass":
         call["lse"] = torch.zeros(call["q"].shape[:3])
     rule = f"longctx::{name}: `q` must have a head_dim of at most 256 on CUDA; got 300"

@@ -9,6 +9,7 @@ set(LONGCTX_CUDA_SOURCES
   csrc/cuda/attention.cu
   csrc/cuda/gather_attention.cu
   csrc/cuda/instances.cpp
+  csrc/cuda/key_scores.cu
   csrc/cuda/linear_attention.cu
   csrc/cuda/linear_attention_decode.cu
   csrc/cuda/merge_states.cu
@@ -16,6 +17,7 @@ set(LONGCTX_CUDA_SOURCES
   csrc/cuda/select_blocks.cu
   csrc/cuda/sm90/attention_path.cu
   csrc/cuda/sm90/tensor_map.cu
+  csrc/cuda/summarize_pages.cu
   csrc/cuda/topk_select.cu
   csrc/cuda/unowned_rows.cu)
 list(TRANSFORM LONGCTX_CUDA_SOURCES PREPEND ${CMAKE_SOURCE_DIR}/)

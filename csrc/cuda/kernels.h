@@ -13,8 +13,11 @@ void run_gather_attention_cuda(const GatherAttentionParams& params);
 void run_linear_attention_cuda(const LinearAttentionParams& params);
 void run_linear_attention_decode_cuda(const LinearAttentionDecodeParams& params);
 void run_merge_states_cuda(const MergeStatesParams& params);
+void run_page_scores_cuda(const PageScoresParams& params);
 void run_select_blocks_cuda(const SelectBlocksParams& params);
+void run_summarize_pages_cuda(const SummarizePagesParams& params);
 void run_threshold_select_cuda(const ThresholdSelectParams& params);
+void run_token_scores_cuda(const TokenScoresParams& params);
 void run_topk_select_cuda(const TopKSelectParams& params);
 
 }  // namespace longctx::cuda

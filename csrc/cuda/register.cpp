@@ -22,8 +22,11 @@
 #include "ops/linear_attention_decode.h"
 #include "ops/linear_attention_states.h"
 #include "ops/merge_states.h"
+#include "ops/page_scores.h"
 #include "ops/select_blocks.h"
+#include "ops/summarize_pages.h"
 #include "ops/threshold_select.h"
+#include "ops/token_scores.h"
 #include "ops/topk_select.h"
 
 // Only a CUDA torch defines this. Weak, so that the library also loads beside a CPU-only torch.
@@ -153,8 +156,13 @@ STABLE_TORCH_LIBRARY_IMPL(longctx, CUDA, m) {
   m.impl("linear_attention_states",
          TORCH_BOX(&OnDevice<&linear_attention_states<cuda::run_linear_attention_cuda>>::run));
   m.impl("merge_states", TORCH_BOX(&OnDevice<&merge_states<cuda::run_merge_states_cuda>>::run));
+  m.impl("page_scores", TORCH_BOX(&OnDevice<&page_scores<cuda::run_page_scores_cuda>>::run));
   m.impl("select_blocks", TORCH_BOX(&OnDevice<&select_blocks<cuda::run_select_blocks_cuda>>::run));
+  m.impl("summarize_pages",
+         TORCH_BOX(&OnDevice<&summarize_pages<cuda::run_summarize_pages_cuda>>::run));
   m.impl("threshold_select",
          TORCH_BOX(&OnDevice<&threshold_select<cuda::run_threshold_select_cuda>>::run));
+  m.impl("token_scores", TORCH_BOX(&OnDevice<&token_scores<cuda::run_token_scores_cuda>>::run));
   m.impl("topk_select", TORCH_BOX(&OnDevice<&topk_select<cuda::run_topk_select_cuda>>::run));
+  m.impl("update_pages", TORCH_BOX(&OnDevice<&update_pages<cuda::run_summarize_pages_cuda>>::run));
 }

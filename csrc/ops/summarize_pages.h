@@ -142,11 +142,11 @@ inline TensorView summary_view(const Checker& check, const Tensor& summary, cons
 }
 
 template <void (*run)(const SummarizePagesParams&)>
-void update_pages(Tensor summary, const Tensor& k, int64_t start, const OptionalTensor& starts,
-                  int64_t page_size, const Name& method, const OptionalTensor& key_scores,
-                  int64_t num_representative, const OptionalTensor& queries,
-                  std::optional<double> softmax_scale, const OptionalTensor& seqused_k,
-                  const OptionalTensor& page_table) {
+void update_pages(const Tensor& summary, const Tensor& k, int64_t start,
+                  const OptionalTensor& starts, int64_t page_size, const Name& method,
+                  const OptionalTensor& key_scores, int64_t num_representative,
+                  const OptionalTensor& queries, std::optional<double> softmax_scale,
+                  const OptionalTensor& seqused_k, const OptionalTensor& page_table) {
   const Checker check("update_pages");
   SummarizePagesParams params = summary_params(
       check, k, page_size,

@@ -11,8 +11,11 @@
 #include "ops/linear_attention_decode.h"
 #include "ops/linear_attention_states.h"
 #include "ops/merge_states.h"
+#include "ops/page_scores.h"
 #include "ops/select_blocks.h"
+#include "ops/summarize_pages.h"
 #include "ops/threshold_select.h"
+#include "ops/token_scores.h"
 #include "ops/topk_select.h"
 #include "simt.h"
 
@@ -80,7 +83,11 @@ STABLE_TORCH_LIBRARY_IMPL(longctx, CPU, m) {
   m.impl("linear_attention", TORCH_BOX(&linear_attention<run_linear_attention_cuda>));
   m.impl("linear_attention_states", TORCH_BOX(&linear_attention_states<run_linear_attention_cuda>));
   m.impl("merge_states", TORCH_BOX(&merge_states<run_merge_states_cuda>));
+  m.impl("page_scores", TORCH_BOX(&page_scores<run_page_scores_cuda>));
   m.impl("select_blocks", TORCH_BOX(&select_blocks<run_select_blocks_cuda>));
+  m.impl("summarize_pages", TORCH_BOX(&summarize_pages<run_summarize_pages_cuda>));
   m.impl("threshold_select", TORCH_BOX(&threshold_select<run_threshold_select_cuda>));
+  m.impl("token_scores", TORCH_BOX(&token_scores<run_token_scores_cuda>));
   m.impl("topk_select", TORCH_BOX(&topk_select<run_topk_select_cuda>));
+  m.impl("update_pages", TORCH_BOX(&update_pages<run_summarize_pages_cuda>));
 }

@@ -1,4 +1,4 @@
-"""Selection of the best scores of each row on a GPU; every contender is compared with a stable sort."""
+"""Which keys a decode step reads, on a GPU: summaries and scores of pages, scores of keys, the best of each row."""
 
 from __future__ import annotations
 
@@ -27,6 +27,10 @@ def score_rows(length: int, device: str, rows: int, kind: str, dtype: torch.dtyp
     return scores.to(dtype)
 
 
+def best(scores: Tensor, k: int) -> Tensor:
+    return scores.sort(dim=-1, descending=True, stable=True).indices[..., :k].sort(dim=-1).values
+
+
 def topk(
     length: int,
     device: str,
@@ -42,7 +46,7 @@ def topk(
 
     def check(name: str, output: Any) -> None:
         scores = inputs["scores"]
-        exact = scores.sort(dim=-1, descending=True, stable=True).indices[:, :k].sort(dim=-1).values
+        exact = best(scores, k)
         if name == "longctx":
             if not torch.equal(output[0].long(), exact):
                 raise ValueError("not the indices of a stable sort")
@@ -79,6 +83,88 @@ def share(length: int, device: str, *, rows: int = 8) -> Work:
     return Work(inputs, contenders, 0.0, float(inputs["scores"].nbytes), check)
 
 
+# ---- 32 query heads of one token, 8 kv heads, D=128 ----
+
+PAGE = 16
+GROUP = 4
+
+
+def keys(length: int, device: str) -> Inputs:
+    return {
+        "q": randn(1, 8 * GROUP, 1, 128, device=device, seed=0),
+        "k": randn(1, 8, length, 128, device=device, seed=1),
+    }
+
+
+def close(expected: Tensor) -> Any:
+    def check(name: str, output: Tensor) -> None:
+        torch.testing.assert_close(output.float(), expected.float(), atol=5e-2, rtol=2e-2)
+
+    return check
+
+
+def extremes(inputs: Inputs) -> Tensor:
+    pages = inputs["k"].unflatten(2, (-1, PAGE))
+    return torch.stack([pages.amin(dim=3), pages.amax(dim=3)], dim=3)
+
+
+def summaries(length: int, device: str) -> Work:
+    inputs = keys(length, device)
+    contenders: dict[str, Run] = {"longctx": lambda i: longctx.summarize_pages(i["k"], PAGE), "torch": extremes}
+    return Work(inputs, contenders, 0.0, inputs["k"].nbytes * (1 + 2 / PAGE), close(extremes(inputs)))
+
+
+def updates(length: int, device: str) -> Work:
+    """One new key: what a decode step adds to a summary."""
+    inputs = keys(length, device)
+    inputs["summary"] = extremes(inputs)
+
+    def update(i: Inputs) -> Tensor:
+        summary: Tensor = i["summary"]
+        longctx.update_pages(summary, i["k"], length - 1, PAGE)
+        return summary
+
+    def last_page(i: Inputs) -> Tensor:
+        summary: Tensor = i["summary"]
+        summary[:, :, -1:] = extremes({"k": i["k"][:, :, -PAGE:]})
+        return summary
+
+    contenders: dict[str, Run] = {"longctx": update, "torch": last_page}
+    return Work(inputs, contenders, 0.0, 8.0 * 128 * 2 * (PAGE + 2), close(extremes(inputs)))
+
+
+def page_bounds(length: int, device: str) -> Work:
+    inputs = keys(length, device)
+    inputs["summary"] = extremes(inputs)
+
+    def formula(i: Inputs) -> Tensor:
+        x = (128**-0.5 * i["q"].float()).unflatten(1, (8, GROUP))  # [1, 8, GROUP, 1, 128]
+        low, high = i["summary"].float().unbind(dim=3)
+        each: Tensor = x.clamp(max=0) @ low[:, :, None].mT + x.clamp(min=0) @ high[:, :, None].mT
+        return each.amax(dim=2)
+
+    contenders: dict[str, Run] = {
+        "longctx": lambda i: longctx.page_scores(i["q"], i["summary"], head_reduce="group_max"),
+        "torch": formula,
+    }
+    flops = 4.0 * 8 * GROUP * 128 * length / PAGE
+    return Work(inputs, contenders, flops, float(inputs["summary"].nbytes), close(formula(inputs)))
+
+
+def key_products(length: int, device: str) -> Work:
+    inputs = keys(length, device)
+
+    def formula(i: Inputs) -> Tensor:
+        each: Tensor = 128**-0.5 * i["q"].unflatten(1, (8, GROUP)) @ i["k"][:, :, None].mT
+        return each.amax(dim=2)
+
+    contenders: dict[str, Run] = {
+        "longctx": lambda i: longctx.token_scores(i["q"], i["k"], head_reduce="group_max"),
+        "torch": formula,
+    }
+    return Work(inputs, contenders, 2.0 * 8 * GROUP * 128 * length, float(inputs["k"].nbytes), close(formula(inputs)))
+
+
 def case(title: str, length: int, **options: Any) -> GpuCase:
     return gpu_case(title, "topk_select", length, topk, **({"dtype": torch.float32} | options))
 
@@ -92,4 +178,8 @@ OTHERS = [
     case("2048, 256 rows, random", 128 * K, rows=256),
     case("128 of 8192 pages, 64 rows", 8 * K, rows=64, kept=128),
     gpu_case("half of the softmax, 8 rows", "threshold_select", 128 * K, share),
+    gpu_case("extremes of pages of 16, 8 heads", "summarize_pages", 128 * K, summaries),
+    gpu_case("one new key, pages of 16, 8 heads", "update_pages", 128 * K, updates),
+    gpu_case("extremes of pages of 16, heads 32/8, one token", "page_scores", 128 * K, page_bounds),
+    gpu_case("all keys, heads 32/8, one token", "token_scores", 128 * K, key_products),
 ]

@@ -66,7 +66,8 @@ def page_scores(
 
     Cost: `2 * head_dim` FLOPs per query row and page (`"minmax"`: twice that); the summary is read once for all query
     heads that share it: bound by memory for a few query rows. Deterministic: the same bits on any number of threads.
-    CPU only so far. Gradients: none yet (raises NotImplementedError).
+    On CUDA one launch where at most eight query rows share a head of the summary, and no softmax nor `"all_sum"` is
+    asked for; else two, with a softmax three. Gradients: none yet (raises NotImplementedError).
     Source: Quest (arXiv 2406.10774) for `"minmax"`, InfLLM (arXiv 2402.04617) for `"all_sum"` over a mean of tokens,
     Squeezed Attention (arXiv 2411.09688) for the softmax weighted by counts.
 

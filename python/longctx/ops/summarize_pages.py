@@ -65,8 +65,8 @@ def summarize_pages(
 
     Cost: every key is read once: bound by memory (`"pooled"`: `4 * head_dim` FLOPs per head and key besides).
     Deterministic: a page depends on its own keys alone, in their order, so that it has the same bits on any number of
-    threads and after `update_pages`. Minima and maxima are exact. CPU only so far. Gradients: none yet (raises
-    NotImplementedError).
+    threads and after `update_pages`. Minima and maxima are exact. On CUDA one launch, a warp a page:
+    slow where few pages are long. Gradients: none yet (raises NotImplementedError).
     Source: Quest (arXiv 2406.10774), InfLLM (arXiv 2402.04617), LongHeads (arXiv 2402.10685).
 
     Example:

@@ -53,8 +53,8 @@ def token_scores(
         ValueError: an argument is wrong; the message names the op, argument, rule and what was given.
 
     Cost: `2 * head_dim` FLOPs per query row and key; a key is read once for all query heads that share it: bound by
-    memory for a few query rows. Deterministic: the same bits on any number of threads. CPU only so far. Gradients: none
-    yet (raises NotImplementedError).
+    memory for a few query rows. Deterministic: the same bits on any number of threads. On CUDA one launch
+    or two, as `page_scores`. Gradients: none yet (raises NotImplementedError).
     Source: TidalDecode (arXiv 2410.05076) scores all keys in a few layers; HiP (arXiv 2406.09827) probes candidates.
 
     Example:

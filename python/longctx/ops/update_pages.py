@@ -45,7 +45,7 @@ def update_pages(
             argument.
 
     Cost: reads `page_size` keys per head at most, and the new ones: independent of the length. Deterministic, as
-    `summarize_pages`. CPU only so far.
+    `summarize_pages`. On CUDA one launch.
     Source: Quest (arXiv 2406.10774).
 
     Example:
