@@ -9,6 +9,7 @@ from longctx.cache.cache import LongctxCache
 from longctx.cache.call import CallContext, Counts
 from longctx.cache.dense import DenseCache
 from longctx.cache.infllm import InfLLMCache
+from longctx.cache.landmark import LandmarkCache
 from longctx.cache.make import load, make_cache
 from longctx.cache.quest import QuestCache
 from longctx.cache.recycled import RecycledCache
@@ -26,6 +27,7 @@ __all__ = [
     "Counts",
     "DenseCache",
     "InfLLMCache",
+    "LandmarkCache",
     "LongctxCache",
     "LongctxLayer",
     "QuestCache",
