@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import longctx
-from longctx.cache import CallContext, DenseCache, LongctxCache, LongctxLayer
+from longctx.cache import CallContext, DenseCache, LongctxCache, LongctxLayer, TieredQuestCache
 from longctx.demo.decode_rows import CacheRow
 from longctx.demo.measure import timed_forwards
 from longctx.demo.task import ModelSpec
@@ -115,12 +115,13 @@ def decode(model: PreTrainedModel, row: CacheRow, task: DecodeTask, pasts: list[
             fill(cache, pasts)
         result.fill_seconds = time.perf_counter() - start
         seconds: list[float] = []
-        for question, branch in zip(task.questions, _branches(cache, len(task.questions)), strict=True):
+        for question, branch in zip(task.questions, _branches(row, cache, len(task.questions)), strict=True):
             tokens, times = answer(model, branch, task.context + question.tokens, len(question.expected))
             result.right.append(tokens == question.expected)
             seconds += times
             _tally(branch, result)
         result.token_seconds = statistics.median(seconds)
+        result.hit_rate = cache.store.stats.hit_rate if isinstance(cache, TieredQuestCache) else None
     return result
 
 
@@ -136,16 +137,17 @@ def answer(
             past_key_values=cache,
             max_new_tokens=num_tokens,
             do_sample=False,
+            eos_token_id=model.config.vocab_size,  # no word: all answers have one length, silent ones too
         )
     return tuple(out[0, len(prompt) :].tolist()), seconds[1:]
 
 
-def _branches(cache: Cache, count: int) -> Iterator[Cache]:
-    """The same past again and again: forks of our caches, and transformers' own cut back."""
+def _branches(row: CacheRow, cache: Cache, count: int) -> Iterator[Cache]:
+    """The same past again and again: forks, or the cache itself cut back."""
     length = cache.get_seq_length()
     for _ in range(count):
-        if isinstance(cache, LongctxCache):
-            yield cache.fork()
+        if row.forks:
+            yield cache.fork()  # type: ignore[attr-defined]
         else:
             yield cache
             cache.crop(length - cache.get_seq_length())

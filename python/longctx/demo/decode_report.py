@@ -13,8 +13,9 @@ from longctx.demo.report import plain_table
 NOTES = [
     "What this shows: each cache runs under plain generate(), and whether what it keeps or reads still holds one fact",
     "of a long text that was read before the question was known. What it does not: how well a trained model keeps its",
-    "quality. These weights are constructed and retrieval is nearly one-hot; methods that keep what earlier queries",
-    "looked at have nothing to go by, since nobody looks at a needle before it is asked for.",
+    "quality. These weights are constructed: methods that keep what earlier queries looked at have nothing to go by,",
+    "since nobody looks at a needle before it is asked for; and keys are signs, of which the extremes over a page of",
+    "16 say almost nothing, so Quest needs smaller pages here than in a trained model.",
 ]
 
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from longctx.cache import make_cache
+from longctx.store import PageGeometry, PageStore
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel
 
 BUDGET = 2048
 WINDOW = 1024
+QUEST = {"budget": BUDGET, "num_dense_layers": 0}
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,14 @@ class CacheRow:
     options: Mapping[str, Any] = field(default_factory=dict)
     finds_all: bool = False  # it must find every needle
     reach: int | None = None  # it must find the needles that are nearer than this, and no other
+    max_host_bytes: int = 0  # its keys and values lie in a page store on disk, with so much memory in front
+    page_size: int = 64  # of the store
     turn: int = 0  # it reads the context itself, so many tokens at a time
+
+    @property
+    def forks(self) -> bool:
+        """Whether every question gets a fork of the cache; the others are cut back after each."""
+        return self.method is not None and not self.max_host_bytes
 
     @contextmanager
     def open(self, model: PreTrainedModel) -> Iterator[Cache]:
@@ -33,8 +43,15 @@ class CacheRow:
             from transformers import DynamicCache
 
             yield DynamicCache(config=model.config)
-        else:
+        elif not self.max_host_bytes:
             yield make_cache(model.config, self.method, **self.options)
+        else:
+            geometry = PageGeometry.of(model.config, page_size=self.page_size, dtype=model.dtype)
+            with (
+                tempfile.TemporaryDirectory() as directory,
+                PageStore(geometry, path=f"{directory}/kv", max_host_bytes=self.max_host_bytes) as store,
+            ):
+                yield make_cache(model.config, self.method, store=store, **self.options)
 
 
 SDPA = CacheRow("SDPA", None, finds_all=True)
@@ -42,6 +59,11 @@ DENSE = CacheRow("Dense", "dense", finds_all=True)
 ROWS = (
     SDPA,
     DENSE,
+    CacheRow("Best keys (control)", "quest", {**QUEST, "page_size": 1}, finds_all=True),
+    CacheRow("Quest, pages of 4", "quest", {**QUEST, "page_size": 4}),
+    CacheRow("Quest, pages of 16", "quest", {**QUEST, "page_size": 16}),
+    CacheRow("Quest on disk, pages of 4", "tiered_quest", {"budget": BUDGET}, page_size=4, max_host_bytes=16 << 20),
+    CacheRow("InfLLM", "infllm", {"window_size": WINDOW}),
     CacheRow("Recycled", "recycled", {"budget": BUDGET, "stride": 4}),
     CacheRow("StreamingLLM", "streaming", {"num_sink_tokens": 4, "window_size": BUDGET - 4}, reach=BUDGET - 4),
     CacheRow("SnapKV", "snapkv", {"budget": BUDGET}),
