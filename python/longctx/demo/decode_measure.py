@@ -92,6 +92,9 @@ def fill(cache: Cache, pasts: list[Past]) -> None:
             layer.fill(past.k, past.v, past.q)
         else:
             layer.update(past.k, past.v)  # type: ignore[union-attr]
+    for layer in cache.layers:
+        if isinstance(layer, LongctxLayer):
+            layer.make_room(1)  # the prompt is over: what a method evicts or clusters then, it does once
 
 
 def read(model: PreTrainedModel, cache: Cache, context: tuple[int, ...], turn: int) -> None:

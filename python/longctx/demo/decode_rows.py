@@ -64,6 +64,7 @@ ROWS = (
     CacheRow("Quest, pages of 16", "quest", {**QUEST, "page_size": 16}),
     CacheRow("Quest on disk, pages of 4", "tiered_quest", {"budget": BUDGET}, page_size=4, max_host_bytes=16 << 20),
     CacheRow("InfLLM", "infllm", {"window_size": WINDOW}),
+    CacheRow("Squeezed", "squeezed", {"clusters": 0.01, "sparsity": 0.95, "num_iters": 5}),
     CacheRow("Recycled", "recycled", {"budget": BUDGET, "stride": 4}),
     CacheRow("StreamingLLM", "streaming", {"num_sink_tokens": 4, "window_size": BUDGET - 4}, reach=BUDGET - 4),
     CacheRow("SnapKV", "snapkv", {"budget": BUDGET}),
