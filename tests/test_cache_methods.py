@@ -124,6 +124,32 @@ def test_quest_reads_the_pages_that_could_score_best(head_reduce: str, step: int
     assert static or cache.stats().layers[1].keys_read == 10 * 24
 
 
+def test_quest_summaries_follow_rewinds_and_forks() -> None:
+    """A cache that went another way before has the bits of one that did not."""
+    model = ours()
+    cache = make(model, "quest", LIMITED)
+    decode(model, INPUT, cache, PROMPT)
+    cache.rewind(7)  # into the middle of a page that was full
+    other = tokens(2, 20, seed=5)
+    forks = [cache.fork(), cache]
+    for fork, tail in zip(forks, (other, INPUT[:, PROMPT + 3 :]), strict=True):
+        fresh = make(model, "quest", LIMITED)
+        decode(model, INPUT[:, : PROMPT + 3], fresh, PROMPT)
+        for part in tail.split(1, dim=1):
+            assert torch.equal(logits(model, part, fork), logits(model, part, fresh))
+
+
+@pytest.mark.parametrize("name", LIMITED)
+def test_files_hold_what_a_method_knows(name: str, tmp_path: Path) -> None:
+    model = ours()
+    cache = make(model, name, LIMITED)
+    decode(model, INPUT[:, :63], cache, PROMPT)
+    cache.save(tmp_path / "cache")
+    loaded = load(tmp_path / "cache", model.config)
+    for part in INPUT[:, 63:].split(1, dim=1):
+        assert torch.equal(logits(model, part, loaded), logits(model, part, cache))
+
+
 def test_infllm_reads_the_blocks_whose_representatives_score_best() -> None:
     """Masses of a window of 12 choose 2 of the 4 keys of a block; 3 blocks are read, from the second on."""
     model, input_ids = ours(), tokens(2, 90, seed=4)
