@@ -119,6 +119,21 @@ def test_grows_without_a_copy_per_token() -> None:
     assert len(places) <= 12
 
 
+@pytest.mark.parametrize("max_cache_len", [None, 4096])
+def test_rows_of_different_lengths_are_written_in_place(max_cache_len: int | None) -> None:
+    """Not even inside an op does a token of a padded batch copy the keys before it, as scatter_ does in 16 bits."""
+    model = ours(num_hidden_layers=1).bfloat16()
+    cache = DenseCache(model.config, max_cache_len=max_cache_len)
+    logits(model, tokens(2, 1000), cache, attention_mask=padding([1000, 900], "left"))
+    new = torch.randn(2, 2, 1, 16, dtype=torch.bfloat16)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
+        keys, _ = cache.layers[0].update(new, new)
+    assert torch.equal(keys[0, :, 1000], new[0, :, 0])
+    assert torch.equal(keys[1, :, 900], new[1, :, 0])
+    shapes = [shape for event in profile.events() for shape in event.input_shapes if event.name == "aten::copy_"]
+    assert max((torch.Size(shape).numel() for shape in shapes), default=0) <= new.numel()
+
+
 def test_forks_share_until_both_write() -> None:
     model = ours()
     cache = DenseCache(model.config)

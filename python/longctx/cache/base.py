@@ -273,9 +273,11 @@ class LongctxLayer(CacheLayerMixin):
             keys[:, :, self.slots :] = key_states
             values[:, :, self.slots :] = value_states
         else:
-            slot = (self.rows[:, None].long() + torch.arange(new, device=self.device))[:, None, :, None]
-            keys.scatter_(2, slot.expand_as(key_states), key_states)
-            values.scatter_(2, slot.expand_as(value_states), value_states)
+            # Not scatter_, which on a CPU and in 16 bits copies all that it writes into.
+            slot = self.rows[:, None].long() + torch.arange(new, device=self.device)
+            place = torch.arange(self.batch_size, device=self.device)[:, None], slot
+            keys.transpose(1, 2).index_put_(place, key_states.transpose(1, 2))
+            values.transpose(1, 2).index_put_(place, value_states.transpose(1, 2))
         setattr(keys, LAYER, self)
         self._awaiting = True
         return keys, values
