@@ -10,6 +10,7 @@ from longctx.cache.call import CallContext, Counts
 from longctx.cache.dense import DenseCache
 from longctx.cache.infllm import InfLLMCache
 from longctx.cache.landmark import LandmarkCache
+from longctx.cache.longheads import LongHeadsCache
 from longctx.cache.make import load, make_cache
 from longctx.cache.quest import QuestCache
 from longctx.cache.recycled import RecycledCache
@@ -28,6 +29,7 @@ __all__ = [
     "DenseCache",
     "InfLLMCache",
     "LandmarkCache",
+    "LongHeadsCache",
     "LongctxCache",
     "LongctxLayer",
     "QuestCache",
