@@ -49,12 +49,13 @@ def pick(call: Call, names: tuple[str, ...]) -> Call:
     return {name: call[name] for name in names if name in call}
 
 
+ALWAYS_FLOAT32 = frozenset({"bias", "key_scores", "rope_cos_sin", "sinks"})
+
+
 def in_float64(call: Call) -> Call:
-    """The same call with its floating-point inputs, `sinks` apart, in float64."""
-    return {
-        name: value.double() if isinstance(value, Tensor) and value.is_floating_point() and name != "sinks" else value
-        for name, value in call.items()
-    }
+    """The same call with its floating-point inputs in float64, but for those that are float32 in every call."""
+    wide = {name for name, value in call.items() if isinstance(value, Tensor) and value.is_floating_point()}
+    return {name: value.double() if name in wide - ALWAYS_FLOAT32 else value for name, value in call.items()}
 
 
 def selection(call: Call) -> Selection:

@@ -164,7 +164,7 @@ def test_markdown_of_a_synthetic_result() -> None:
 
 def test_targets_without_their_cases_say_so() -> None:
     targets = gpu.Report({}).targets()
-    assert len(targets) == 16
+    assert len(targets) == 17
     assert all(target.measured is None and "| not measured |" in target.line() for target in targets)
     measured = [target for target in SYNTHETIC.targets() if target.measured is not None]
     assert [target.measured for target in measured] == [pytest.approx(0.9)]
@@ -351,6 +351,21 @@ text, right = compare(torch.arange(4), torch.tensor([0, 1, 2, 4]), exact)
 assert not right and text == "1/4 wrong, first at [3], indices a dim 1/4", text
 """
     subprocess.run([sys.executable, "-c", planted], cwd=ROOT, env=environment, timeout=120, check=True)
+
+
+def test_smokes_of_selections_on_the_cpu() -> None:
+    """Every call of the ops that summarise, score and select, in every dtype."""
+    code = """
+import runpy
+smoke = runpy.run_path("bench/gpu_smoke.py")
+ops = ("summarize_pages", "update_pages", "page_scores", "token_scores", "topk_select", "threshold_select")
+chosen = [s for s in smoke["other_smokes"]("cpu") if s.op in ops]
+assert {s.op for s in chosen} == set(ops) and all([smoke["run"](s, "cpu") for s in chosen])
+"""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", code]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr
 
 
 def test_linear_smokes_on_the_cpu() -> None:

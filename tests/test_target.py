@@ -46,6 +46,17 @@ def test_through_brings_changed_arguments_back() -> None:
     assert_same_bits(view, expected)
 
 
+def test_through_an_op_without_outputs() -> None:
+    call = CASES["update_pages"].calls["plain"](torch.float32)
+    op = torch.ops.longctx.update_pages.default
+    arguments = (call["k"], call["start"], None, call["page_size"])
+    expected, summary = call["summary"].clone(), call["summary"].clone()
+    op(expected, *arguments)
+    assert not torch.equal(expected, summary)
+    assert target.through("cpu", op, target.written_arguments(op))(summary, *arguments) is None
+    assert_same_bits(summary, expected)
+
+
 def test_through_notices_a_written_input() -> None:
     def op(tensor: torch.Tensor) -> torch.Tensor:
         tensor[..., -1] += 1.0

@@ -121,6 +121,8 @@ def evaluated(results: Sequence[Result], ceilings: Ceilings | None = None) -> li
          beside(linear, 8 * K, "fla")),
         ("linear attention, 8 x 1k, 8 heads, D=64", "flash-linear-attention", 3, 8, False,
          beside(gpu_linear.LAUNCH_BOUND, K, "fla")),
+        ("a step of Quest at 128k, batch 1, heads 32/8", "best dense SDPA backend", 6, 10, False,
+         beside(gpu_topk.QUEST, 128 * K, "sdpa*")),
         ("the 2048 best of 128k scores, 8 rows", "microseconds", 25, 12, True,
          lambda: ratio(seconds(gpu_topk.ROWS.format("random"), 128 * K, "longctx"), 1e-6)),
         ("gather_attention over 256 MiB of pages of 16 keys", "measured copy bandwidth", 0.75, 0.9, False,

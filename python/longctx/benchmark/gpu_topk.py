@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 import longctx
+from longctx.benchmark import gpu_gather, peers
 from longctx.benchmark.gpu_work import GpuCase, Inputs, Run, Work, gpu_case, randn
 
 K = 1024
@@ -165,11 +166,41 @@ def key_products(length: int, device: str) -> Work:
     return Work(inputs, contenders, 2.0 * 8 * GROUP * 128 * length, float(inputs["k"].nbytes), close(formula(inputs)))
 
 
+def quest_step(length: int, device: str) -> Work:
+    """A decode step that reads the pages of 16 with the highest bounds, 2048 keys for each kv head; peers read all."""
+    inputs = keys(length, device)
+    inputs |= {"v": randn(1, 8, length, 128, device=device, seed=2), "summary": extremes(inputs)}
+
+    def pages(i: Inputs) -> tuple[Tensor, Tensor]:
+        scores = longctx.page_scores(i["q"], i["summary"], head_reduce="group_max")
+        return longctx.topk_select(scores, min(2048, length) // PAGE, num_last=1)
+
+    def step(i: Inputs) -> Tensor:
+        longctx.update_pages(i["summary"], i["k"], length - 1, PAGE)
+        return longctx.gather_attention(i["q"], i["k"], i["v"], *pages(i), block_size_k=PAGE)[0]
+
+    def check(name: str, output: Any) -> None:
+        out = output[0] if isinstance(output, tuple) else output
+        k, v = inputs["k"], inputs["v"]
+        if name == "longctx":
+            k, v = gpu_gather.rows(inputs | {"indices": pages(inputs)[0], "block_size_k": PAGE})
+        k, v = (x.float().repeat_interleave(GROUP, dim=1) for x in (k, v))
+        exact = torch.softmax(128**-0.5 * inputs["q"].float() @ k.mT, dim=-1) @ v
+        torch.testing.assert_close(out.float(), exact, atol=2e-2, rtol=2e-2)
+
+    read = inputs["summary"].nbytes + 2.0 * 8 * min(2048, length) * 128 * 2
+    return Work(inputs, {"longctx": step, **peers.decode(inputs)}, 0.0, read, check)
+
+
 def case(title: str, length: int, **options: Any) -> GpuCase:
     return gpu_case(title, "topk_select", length, topk, **({"dtype": torch.float32} | options))
 
 
-HEADLINE = [case(ROWS.format("random"), 128 * K)]
+QUEST = "a step of Quest, pages of 16, 2048 keys, heads 32/8"
+HEADLINE = [
+    case(ROWS.format("random"), 128 * K),
+    gpu_case(QUEST, "policy", 128 * K, quest_step),
+]
 OTHERS = [
     *(case(ROWS.format(kind), 128 * K, kind=kind) for kind in ("constant", "16 values", "between 1 and 1.1")),
     *(case(ROWS.format(kind), 1024 * K, kind=kind) for kind in ("random", "ascending")),
