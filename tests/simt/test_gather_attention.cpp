@@ -1,6 +1,7 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <iterator>
 #include <numeric>
 
 #include "cuda/kernels.h"
@@ -29,6 +30,9 @@ struct Gather {
   double softcap = 0;
   bool with_counts = false;
   bool with_bias = false;
+  bool shared_tokens = false;  // one list for all
+  bool with_tree = false;
+  bool with_results = false;  // masses and states of the entries
   std::vector<int32_t> seqused_k;
   Layout layout = Layout::kHeadsFirst;
 };
@@ -41,6 +45,10 @@ class GatherTest {
     make_pages();
     make_lists();
     make_rope();
+    for (int64_t i = 0; c.with_tree && i < c.seqlen_q * c.seqlen_q; ++i) {
+      const int64_t token = i / c.seqlen_q, other = i % c.seqlen_q;
+      tree_.push_back(static_cast<char>(other <= token && (token + other) % 2 == 0));
+    }
   }
 
   void run() {
@@ -50,8 +58,9 @@ class GatherTest {
  private:
   int64_t used(int64_t b) const { return c_.seqused_k.empty() ? c_.seqlen_k : c_.seqused_k[b]; }
   int64_t list(int64_t b, int64_t index_head, int64_t token) const {
-    return (b * c_.index_heads + index_head) * c_.seqlen_q + token;
+    return (b * c_.index_heads + index_head) * list_tokens() + (c_.shared_tokens ? 0 : token);
   }
+  int64_t list_tokens() const { return c_.shared_tokens ? 1 : c_.seqlen_q; }
   // Where key j of batch entry b stands in k_ and v_.
   std::pair<int64_t, int64_t> place(int64_t b, int64_t key) const {
     if (c_.page_size == 0) return {b, key};
@@ -79,7 +88,7 @@ class GatherTest {
 
   // Different blocks in any order, some of them -1 or past the keys.
   void make_lists() {
-    const int64_t lists = c_.batch * c_.index_heads * c_.seqlen_q;
+    const int64_t lists = c_.batch * c_.index_heads * list_tokens();
     const int64_t blocks = c_.seqlen_k / c_.block_size_k + 2;
     std::vector<int32_t> order(static_cast<size_t>(std::max(blocks, c_.num_entries)));
     std::normal_distribution<float> normal;
@@ -128,15 +137,16 @@ class GatherTest {
     if (c_.page_size > 0) {
       p.pages = {page_table_.data(), c_.seqlen_k / c_.page_size, k_.size(0), c_.page_size};
     }
-    const int64_t lists = c_.index_heads * c_.seqlen_q;
+    const int64_t tokens = list_tokens(), lists = c_.index_heads * tokens;
     const auto rows = [&](const auto& values) {
       using T = typename std::decay_t<decltype(values)>::value_type;
-      return RowsView<T>{data_or_null(values), lists * c_.num_entries, c_.seqlen_q * c_.num_entries,
-                         c_.num_entries};
+      return RowsView<T>{data_or_null(values), lists * c_.num_entries, tokens * c_.num_entries,
+                         c_.shared_tokens ? 0 : c_.num_entries};
     };
     p.indices = rows(indices_);
     p.bias = rows(bias_);
-    p.counts = {data_or_null(counts_), lists, c_.seqlen_q, 1};
+    p.counts = {data_or_null(counts_), lists, tokens, c_.shared_tokens ? 0 : 1};
+    p.tree_mask = {reinterpret_cast<const bool*>(data_or_null(tree_)), 0, 0, c_.seqlen_q};
     p.rope.cos_sin = data_or_null(cos_sin_);
     p.rope.max_positions = kPositions;
     p.rope.rotary_dim = c_.rotary_dim;
@@ -145,6 +155,7 @@ class GatherTest {
     p.rope.q_positions = {data_or_null(q_positions_), c_.seqlen_q, 0, 1};
     p.num_entries = c_.num_entries;
     p.index_heads = c_.index_heads;
+    p.index_tokens = tokens;
     p.block_size_k = c_.block_size_k;
     p.num_first = c_.num_first;
     p.num_last = c_.num_last;
@@ -161,9 +172,11 @@ class GatherTest {
     int64_t index;
     int64_t position;
     double bias;
+    int64_t entry;  // num_entries: forced
   };
   std::vector<Key> selected(int64_t b, int64_t head, int64_t token) const {
-    const int64_t visible = std::max<int64_t>(0, used(b) - c_.seqlen_q + token + 1);
+    const int64_t diagonal = used(b) - c_.seqlen_q;
+    const int64_t visible = std::max<int64_t>(0, diagonal + token + 1);
     const int64_t first = std::min(c_.num_first, visible);
     const int64_t last = std::max(first, visible - c_.num_last);
     const int64_t l = list(b, head * c_.index_heads / c_.num_q_heads, token);
@@ -178,15 +191,22 @@ class GatherTest {
         const double bias = c_.with_bias ? bias_[l * c_.num_entries + e] : 0.0;
         const int64_t position =
             c_.rotary_dim > 0 ? k_positions_[l * c_.num_entries + e] + i * c_.k_position_step : 0;
-        if (bias != -kInf) keys.push_back({key, position, bias});
+        if (bias != -kInf) keys.push_back({key, position, bias, e});
       }
     }
-    const int64_t stands_at = c_.rotary_dim > 0 ? q_positions_[b * c_.seqlen_q + token] : 0;
-    for (int64_t key = 0; key < first; ++key) keys.push_back({key, key, 0.0});
+    // The last keys stand as far before a token as they lie; in a tree, at their own tokens or
+    // before the first.
+    for (int64_t key = 0; key < first; ++key) keys.push_back({key, key, 0.0, c_.num_entries});
     for (int64_t key = last; key < visible; ++key) {
-      keys.push_back({key, stands_at - (visible - 1 - key), 0.0});
+      const int64_t anchor = !c_.with_tree ? token : std::max<int64_t>(0, key - diagonal);
+      const int64_t stands_at = c_.rotary_dim > 0 ? q_positions_[b * c_.seqlen_q + anchor] : 0;
+      keys.push_back({key, stands_at - (diagonal + anchor - key), 0.0, c_.num_entries});
     }
     const auto gone = [&](const Key& key) {
+      if (c_.with_tree && key.index >= diagonal &&
+          tree_[token * c_.seqlen_q + key.index - diagonal] == 0) {
+        return true;
+      }
       if (c_.rotary_dim > 0 && (key.position < 0 || key.position >= kPositions)) return true;
       const int64_t batch = place(b, key.index).first;
       return batch < 0 || batch >= k_.size(0);
@@ -213,17 +233,49 @@ class GatherTest {
   void check() {
     Tensor out(c_.dtype, c_.batch, c_.num_q_heads, c_.seqlen_q, c_.head_dim_v, c_.layout);
     Tensor lse(DType::kFloat32, c_.batch, c_.num_q_heads, c_.seqlen_q, 1);
-    cuda::run_gather_attention_cuda(params(out, lse));
+    GatherAttentionParams p = params(out, lse);
+    const int64_t lists = c_.batch * c_.index_heads * list_tokens(), parts = c_.num_entries + 1;
+    const int64_t rows = c_.batch * c_.num_q_heads * c_.seqlen_q;
+    Tensor mass(DType::kFloat32, 1, 1, lists, parts);
+    Tensor block_out(c_.dtype, 1, parts, rows, c_.head_dim_v),
+        block_lse(DType::kFloat32, 1, 1, parts, rows);
+    if (c_.with_results) {
+      p.key_mass = static_cast<float*>(mass.data());
+      p.block_out = block_out.data();
+      p.block_lse = block_lse.data();
+    }
+    cuda::run_gather_attention_cuda(p);
     out.expect_gaps_untouched();
+    std::vector<double> masses(static_cast<size_t>(lists * parts));
+    int64_t row = 0;
     lse.for_each([&](int64_t b, int64_t h, int64_t token, int64_t) {
-      check_row(b, h, token, out, lse.get(b, h, token, 0));
+      const std::vector<Key> keys = selected(b, h, token);
+      const double row_lse = lse.get(b, h, token, 0);
+      check_row(b, h, token, keys, row_lse, [&](int64_t d) { return out.get(b, h, token, d); });
+      for (int64_t e = 0; c_.with_results && e < parts; ++e) {
+        std::vector<Key> of_entry;
+        std::copy_if(keys.begin(), keys.end(), std::back_inserter(of_entry),
+                     [e](const Key& key) { return key.entry == e; });
+        const double entry_lse = block_lse.get(0, 0, e, row);
+        check_row(b, h, token, of_entry, entry_lse,
+                  [&](int64_t d) { return block_out.get(0, e, row, d); });
+        if (of_entry.empty()) continue;
+        const int64_t l = list(b, h * c_.index_heads / c_.num_q_heads, token);
+        masses[l * parts + e] += std::exp(entry_lse - row_lse);
+      }
+      ++row;
+    });
+    if (!c_.with_results) return;
+    mass.for_each([&](int64_t, int64_t, int64_t l, int64_t e) {
+      expect_close(mass.get(0, 0, l, e), masses[l * parts + e], 1e-4, "mass");
     });
   }
 
-  void check_row(int64_t b, int64_t h, int64_t token, const Tensor& out, double lse) const {
+  template <class Out>
+  void check_row(int64_t b, int64_t h, int64_t token, const std::vector<Key>& keys, double lse,
+                 const Out& out) const {
     const int64_t kv_head = h * c_.num_kv_heads / c_.num_q_heads;
     const int64_t stands_at = c_.rotary_dim > 0 ? q_positions_[b * c_.seqlen_q + token] : 0;
-    const std::vector<Key> keys = selected(b, h, token);
     double sum = 0, largest = 0;
     std::vector<double> expected(static_cast<size_t>(c_.head_dim_v));
     for (const Key& key : keys) {
@@ -249,7 +301,7 @@ class GatherTest {
     const double tolerance = (2 * unit(c_.dtype) + operands + 2e-6) * largest;
     for (int64_t d = 0; d < c_.head_dim_v; ++d) {
       const double value = keys.empty() ? 0.0 : expected[d] / sum;
-      expect_close(out.get(b, h, token, d), value, tolerance, "out");
+      expect_close(out(d), value, tolerance, "out");
     }
   }
 
@@ -260,6 +312,7 @@ class GatherTest {
   Tensor q_, k_, v_;
   std::vector<int32_t> page_table_, indices_, counts_, k_positions_, q_positions_;
   std::vector<float> bias_, cos_sin_;
+  std::vector<char> tree_;
 };
 
 void check(const Gather& c) { GatherTest(c).run(); }
@@ -351,6 +404,31 @@ TEST(gather_attention, float32_every_option) {
   c.softcap = 3;
   c.with_counts = true;
   c.seqused_k = {90, 51};
+  check(c);
+}
+
+// Tokens that are a tree and share their entries, and all that a call returns.
+Gather tree() {
+  Gather c;
+  c.batch = 2;
+  c.num_q_heads = 6;
+  c.num_kv_heads = 2;
+  c.seqlen_q = 3;
+  c.num_entries = 5;
+  c.index_heads = 2;
+  c.block_size_k = 8;
+  c.num_first = 2;
+  c.num_last = 9;
+  c.rotary_dim = 32;
+  c.shared_tokens = c.with_tree = c.with_results = c.with_bias = c.with_counts = true;
+  c.seqused_k = {90, 31};
+  return c;
+}
+TEST(gather_attention, tree_and_results) { check(tree()); }
+TEST(gather_attention, float32_tree_and_results) {
+  Gather c = tree();
+  c.dtype = DType::kFloat32;
+  c.index_heads = 1;
   check(c);
 }
 

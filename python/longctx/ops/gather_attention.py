@@ -102,7 +102,7 @@ def gather_attention(
     Cost: `2 * (head_dim + head_dim_v)` FLOPs per query head, token and selected key; every selected row of K
     and V is read once per kv head and token: bound by memory. Deterministic: the same bits on any number of
     threads. A rotary embedding adds 3 FLOPs per dim of a selected key and the row of the table that it reads.
-    CPU only so far. Gradients: none yet (raises NotImplementedError).
+    Gradients: none yet (raises NotImplementedError).
     Source: the gather step of Quest (arXiv 2406.10774), TidalDecode (arXiv 2410.05076), InfLLM (arXiv
     2402.04617) and others; a bias as in MagicPIG (arXiv 2410.16179); positions as in StreamingLLM
     (arXiv 2309.17453), LongHeads (arXiv 2402.10685) and Landmark Attention (arXiv 2305.16300); the parts join
