@@ -24,6 +24,14 @@ int64_t num_slots(const GatherAttentionParams& p) {
   return p.num_entries * std::min(p.block_size_k, p.seqs.seqlen_k) + p.num_first + p.num_last;
 }
 
+// Whether one pass over the keys can serve all tokens. Not where each has slots or positions of its
+// own.
+bool tokens_share_keys(const GatherAttentionParams& p) {
+  const auto same = [](const auto& rows) { return rows.data == nullptr || rows.row_stride == 0; };
+  return p.seqs.seqlen_q > 1 && p.block_out == nullptr && p.key_mass == nullptr &&
+         p.rope.cos_sin == nullptr && same(p.indices) && same(p.counts) && same(p.bias);
+}
+
 // Enough blocks for two waves of a large GPU, but no segment without two tiles for every warp. By
 // shapes alone, so that the bits are the same on every GPU.
 int64_t choose_segments(const GatherAttentionParams& p, int64_t units) {
@@ -78,7 +86,8 @@ void merge(const GatherAttentionParams& p, const GatherPlan& plan) {
 void run_gather_attention_cuda(const GatherAttentionParams& p) {
   require_supported(kOp, p.dtype, p.head_dim, p.seqs);
   require_head_dim_v(kOp, p.head_dim_v);
-  if (num_slots(p) > std::numeric_limits<int32_t>::max()) {
+  // Where tokens share keys, each adds a slot.
+  if (num_slots(p) + p.seqs.seqlen_q > std::numeric_limits<int32_t>::max()) {
     throw std::invalid_argument(std::string("longctx::") + kOp +
                                 ": `indices` must list fewer than 2^31 keys a token on CUDA; got " +
                                 std::to_string(num_slots(p)));
@@ -91,7 +100,9 @@ void run_gather_attention_cuda(const GatherAttentionParams& p) {
   const Workspace scores(p.key_mass == nullptr ? 0 : rows * plan.max_slots * kFloat);
   plan.scores = scores.as<float>();
   if (rows > 0) {
-    plan.num_segments = choose_segments(p, p.seqs.batch * plan.heads * p.seqs.seqlen_q);
+    if (tokens_share_keys(p)) plan.unit_tokens = p.seqs.seqlen_q;
+    plan.num_segments =
+        choose_segments(p, p.seqs.batch * plan.heads * p.seqs.seqlen_q / plan.unit_tokens);
     const int64_t states = plan.num_segments == 1 ? 0 : plan.num_segments * rows;
     const Workspace partial_out(states * p.head_dim_v * kFloat);
     const Workspace partial_lse(states * kFloat);

@@ -1,7 +1,8 @@
 // gather_attention: each query token reads only the keys that were selected for it, where they
 // stand. A block takes a segment of the set of a (batch entry, kv head, token) for up to kRows of
-// the query heads that share it. Its warps take turns at tiles of 16 (float32: 8) keys and never
-// wait for each other: each has its own K and V tile, softmax and sums, joined at the end.
+// the rows that share it: query heads, and where tokens share a set those of several. Its warps
+// take turns at tiles of 16 (float32: 8) keys and never wait for each other: each has its own K and
+// V tile, softmax and sums, joined at the end.
 //
 //   In step i of a warp, between the waits A and B:
 //   A   K i is there        find tile i+1 before      s = q k^T
@@ -12,7 +13,7 @@
 //   and then its row, which depend on each other, are loaded while the copies before them land.
 //
 // Bound by memory: a tile of head_dim 128 in 16 bits is 8 KiB, for 16 + 16 tensor core products
-// and 32 matrix loads. What the copies need under way, per multiprocessor, is bandwidth times
+// and 24 matrix loads. What the copies need under way, per multiprocessor, is bandwidth times
 // latency, some 32 KiB: four blocks of four warps have 64 to 128 KiB.
 #pragma once
 #include <type_traits>
@@ -32,7 +33,8 @@ constexpr int kGatherThreads = kGatherWarps * device::kWarpSize;
 struct GatherLaunch {
   uint32_t heads = 1;  // of the units
   uint32_t num_segments = 1;
-  uint32_t row_tiles = 1;                // blocks that share the query heads of a unit
+  uint32_t unit_tokens = 1;
+  uint32_t row_tiles = 1;                // blocks that share the rows of a unit
   ScoreScale scale;                      // 16 bits
   float softmax_scale = 1, softcap = 0;  // float32
   SourceRows q, k, v;
@@ -45,12 +47,22 @@ struct GatherLaunch {
 struct GatherItem {
   GatherUnit unit;
   int64_t segment;
-  int64_t first_head;  // query head of row 0
-  int rows;            // query heads
+  int rows;  // of the block
 
+  LONGCTX_DEVICE int64_t head(int row) const {
+    return unit.head * unit.group + (unit.first_row + row) % unit.group;
+  }
+  LONGCTX_DEVICE int64_t token(int row) const {
+    return unit.token + (unit.first_row + row) / unit.group;
+  }
   // Of out and lse in contiguous tensors.
   LONGCTX_DEVICE int64_t state(const GatherAttentionParams& p, int row) const {
-    return (unit.batch * p.num_q_heads + first_head + row) * p.seqs.seqlen_q + unit.token;
+    return (unit.batch * p.num_q_heads + head(row)) * p.seqs.seqlen_q + token(row);
+  }
+  template <class T>
+  LONGCTX_DEVICE T* address(const TensorView& view, int row) const {
+    return static_cast<T*>(view.data) + unit.batch * view.batch_stride +
+           head(row) * view.head_stride + token(row) * view.seq_stride;
   }
 };
 
@@ -63,11 +75,16 @@ LONGCTX_DEVICE GatherItem gather_item(const GatherAttentionParams& p, const Gath
   index /= launch.row_tiles;
   item.segment = index % launch.num_segments;
   index /= launch.num_segments;
-  const auto tokens = static_cast<uint32_t>(p.seqs.seqlen_q);
-  item.unit = {index / tokens / launch.heads, index / tokens % launch.heads, index % tokens};
-  const int64_t group = p.num_q_heads / launch.heads;
-  item.first_head = item.unit.head * group + row_tile * kRows;
-  item.rows = static_cast<int>(clamp_index(group - row_tile * kRows, 0, kRows));
+  const auto units = static_cast<uint32_t>(p.seqs.seqlen_q) / launch.unit_tokens;  // of a head
+  GatherUnit& unit = item.unit;
+  unit.batch = index / units / launch.heads;
+  unit.head = index / units % launch.heads;
+  unit.token = index % units;
+  unit.group = static_cast<int32_t>(p.num_q_heads / launch.heads);
+  unit.first_row = static_cast<int32_t>(row_tile) * kRows;
+  const int32_t rows = unit.group * static_cast<int32_t>(launch.unit_tokens);
+  unit.end_row = unit.first_row + kRows < rows ? unit.first_row + kRows : rows;
+  item.rows = unit.end_row - unit.first_row;
   return item;
 }
 
@@ -140,16 +157,13 @@ LONGCTX_DEVICE void write_rows(const GatherAttentionParams& p, const GatherLaunc
       total = fmaf(shared.sums(w).sum[row], factors[w], total);
     }
     const RowResult result = finish_row(top * Math::kUnit, total, -INFINITY);
-    const int64_t head = item.first_head + row;
     const int64_t state = item.state(p, row), partial = item.segment * states + state;
     const bool whole = launch.partials.out == nullptr;
     if (device::lane_index() == 0) {
       (whole ? static_cast<float*>(p.lse) + state : launch.partials.lse + partial)[0] = result.lse;
       if (p.block_lse != nullptr) static_cast<float*>(p.block_lse)[partial] = result.lse;
     }
-    auto* out = static_cast<typename Math::Out*>(p.out.data) +
-                item.unit.batch * p.out.batch_stride + head * p.out.head_stride +
-                item.unit.token * p.out.seq_stride;
+    auto* out = item.template address<typename Math::Out>(p.out, row);
     const int64_t row_begin = partial * p.head_dim_v;
     for (int column = device::lane_index(); column < p.head_dim_v; column += device::kWarpSize) {
       float value = 0;
@@ -184,11 +198,7 @@ gather_attention_kernel(const LONGCTX_GRID_CONSTANT GatherAttentionParams p,
   if (warp == 0) {
     const GatherItem item = gather_item<kRows>(p, launch);
     if (lane == 0) shared.task() = {item, SelectedKeys<Element>(p, item.unit, launch.heads)};
-    const Element* q_row = nullptr;
-    if (lane < item.rows) {
-      q_row = static_cast<const Element*>(p.q.data) + item.unit.batch * p.q.batch_stride +
-              (item.first_head + lane) * p.q.head_stride + item.unit.token * p.q.seq_stride;
-    }
+    const Element* q_row = lane < item.rows ? item.address<Element>(p.q, lane) : nullptr;
     Math::copy(shared.q(), q_row, launch.q);
   }
   device::commit_copies();
@@ -201,25 +211,24 @@ gather_attention_kernel(const LONGCTX_GRID_CONSTANT GatherAttentionParams p,
                               ? keys.segment(item.segment, launch.num_segments, kKeys)
                               : keys.entry(p, item.segment);
   int32_t first_slot = range.begin + warp * kKeys;
-  const auto find = [&](GatheredKey<Element>& key) -> uint32_t {
+  const auto find = [&](GatheredKey<Element>& key) -> bool {
     for (; first_slot < range.end; first_slot += kGatherWarps * kKeys) {
       const int32_t slot = first_slot + lane % kKeys;
       key = {};
       if (slot < range.end) key = keys.at(p, slot);
-      const uint32_t seen = device::ballot(key.k != nullptr);
-      if (seen != 0) return seen;
+      if (device::ballot(key.k != nullptr) != 0) return true;
       if (launch.scores == nullptr || lane >= kKeys || slot >= range.end) continue;
       for (int row = 0; row < item.rows; ++row) {
         launch.scores[item.state(p, row) * launch.max_slots + slot] = -INFINITY;
       }
     }
-    return 0;
+    return false;
   };
   GatheredKey<Element> key;
-  uint32_t seen = find(key);
-  if (seen != 0) Math::copy(k_tile, key.k, launch.k);
+  bool more = find(key);
+  if (more) Math::copy(k_tile, key.k, launch.k);
   device::commit_copies();
-  if (seen != 0) Math::copy(v_tile, key.v, launch.v);
+  if (more) Math::copy(v_tile, key.v, launch.v);
   device::commit_copies();
   device::wait_copies<2>();
   device::sync_threads();  // q is there
@@ -233,24 +242,24 @@ gather_attention_kernel(const LONGCTX_GRID_CONSTANT GatherAttentionParams p,
   Math math(item.rows);
   // for each key tile of the warp
 #pragma unroll 1
-  while (seen != 0) {
+  while (more) {
     GatheredKey<Element> next;
     const int32_t own_slot = first_slot;
     first_slot += kGatherWarps * kKeys;
-    const uint32_t next_seen = find(next);
+    const bool has_next = find(next);
     device::wait_copies<1>();
     device::sync_warp();  // A
     if (p.rope.cos_sin != nullptr) rotate_rows<Math>(k_tile, kKeys, key.rope, p.rope.rotary_dim);
     // s = q k^T
     math.multiply_scores(shared.q(), k_tile);
     device::sync_warp();  // every lane has read K
-    if (next_seen != 0) Math::copy(k_tile, next.k, launch.k);
+    if (has_next) Math::copy(k_tile, next.k, launch.k);
     device::commit_copies();
     // scale, bias, mask
     if constexpr (std::is_same_v<Element, float>) {
-      math.finish_scores(launch.softmax_scale, launch.softcap, seen, keys.has_bias(), key.bias);
+      math.finish_scores(launch.softmax_scale, launch.softcap, key.rows, keys.has_bias(), key.bias);
     } else {
-      math.finish_scores(launch.scale, seen, keys.has_bias(), key.bias);
+      math.finish_scores(launch.scale, key.rows, keys.has_bias(), key.bias);
     }
     if (launch.scores != nullptr) {
       math.for_each_score([&](int row, int i, float score) {
@@ -265,10 +274,10 @@ gather_attention_kernel(const LONGCTX_GRID_CONSTANT GatherAttentionParams p,
     // acc += p v
     math.add_values(v_tile);
     device::sync_warp();  // every lane has read V
-    if (next_seen != 0) Math::copy(v_tile, next.v, launch.v);
+    if (has_next) Math::copy(v_tile, next.v, launch.v);
     device::commit_copies();
     key = next;
-    seen = next_seen;
+    more = has_next;
   }
   device::wait_copies<0>();
   device::sync_warp();
@@ -294,9 +303,10 @@ template <class T, int head_dim>
 void launch_gather_attention(const GatherAttentionParams& params, const GatherPlan& plan) {
   using Math = GatherMath<T, head_dim>;
   GatherLaunch launch_params;
-  const int64_t group = params.num_q_heads / plan.heads;
-  const int64_t row_tiles = (group + Math::kRows - 1) / Math::kRows;
+  const int64_t rows = params.num_q_heads / plan.heads * plan.unit_tokens;
+  const int64_t row_tiles = (rows + Math::kRows - 1) / Math::kRows;
   launch_params.heads = static_cast<uint32_t>(plan.heads);
+  launch_params.unit_tokens = static_cast<uint32_t>(plan.unit_tokens);
   launch_params.num_segments = static_cast<uint32_t>(plan.num_segments);
   launch_params.row_tiles = static_cast<uint32_t>(row_tiles);
   launch_params.scale = score_scale(params.softmax_scale, params.softcap);
@@ -308,7 +318,7 @@ void launch_gather_attention(const GatherAttentionParams& params, const GatherPl
   launch_params.partials = plan.partials;
   launch_params.scores = plan.scores;
   launch_params.max_slots = plan.max_slots;
-  const int64_t units = params.seqs.batch * plan.heads * params.seqs.seqlen_q;
+  const int64_t units = params.seqs.batch * plan.heads * params.seqs.seqlen_q / plan.unit_tokens;
   launch("gather_attention", &gather_attention_kernel<Math>,
          dim3(static_cast<unsigned>(units * plan.num_segments * row_tiles)), kGatherThreads,
          GatherShared<Math>::kBytes, params, launch_params);

@@ -11,6 +11,7 @@ namespace longctx::cuda {
 // How gather_attention.cu wants a call to run.
 struct GatherPlan {
   int64_t heads = 1;           // of the units: kv heads, or query heads that select for themselves
+  int64_t unit_tokens = 1;     // 1, or seqlen_q where one pass over the keys serves all
   int64_t num_segments = 1;    // of a unit's set
   AttentionPartials partials;  // with num_segments > 1
   // Scores of every slot of a set, where masses are wanted: [batch, num_q_heads, seqlen_q,

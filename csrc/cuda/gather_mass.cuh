@@ -23,7 +23,7 @@ gather_mass_kernel(const LONGCTX_GRID_CONSTANT GatherAttentionParams p, const Ga
 
   float sum = 0;
   for (int64_t t = token; t < token_end; ++t) {
-    const SelectedKeys<uint16_t> keys(p, {batch, unit_head, t}, plan.heads);
+    const SelectedKeys<uint16_t> keys(p, {batch, unit_head, t, 0, 1, 1}, plan.heads);
     const SlotRange range = keys.entry(p, entry);
     const int64_t slots = range.end - range.begin;
     for (int64_t i = device::lane_index(); i < slots * rows; i += device::kWarpSize) {

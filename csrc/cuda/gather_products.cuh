@@ -63,8 +63,8 @@ struct TensorGather {
     }
   }
 
-  // Scale, bias, mask. Bit i of `seen`: key i exists. Lane i brings its bias.
-  LONGCTX_DEVICE void finish_scores(const ScoreScale& scale, uint32_t seen, bool has_bias,
+  // Scale, bias, mask. Lane i brings the rows that see key i, and its bias.
+  LONGCTX_DEVICE void finish_scores(const ScoreScale& scale, uint32_t rows, bool has_bias,
                                     float bias) {
     scale_scores(scale, s);
 #pragma unroll
@@ -73,11 +73,11 @@ struct TensorGather {
       for (int i = 0; i < 2; ++i) {
         const int key = own_column(n) + i;
         const float added = has_bias ? device::shuffle(bias, key) * kLog2E : 0.0f;
-        const bool visible = (seen >> key & 1) != 0;
+        const uint32_t seen_by = device::shuffle(rows, key);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           float& score = s[0][n][2 * half + i];
-          score = visible ? score + added : -INFINITY;
+          score = (seen_by >> own_row(0, half) & 1) != 0 ? score + added : -INFINITY;
         }
       }
     }

@@ -93,17 +93,17 @@ struct PlainGather {
     }
   }
 
-  // Scale, bias, mask. Bit i of `seen`: key i exists. Lane i brings its bias.
-  LONGCTX_DEVICE void finish_scores(float softmax_scale, float softcap, uint32_t seen,
+  // Scale, bias, mask. Lane i brings the rows that see key i, and its bias.
+  LONGCTX_DEVICE void finish_scores(float softmax_scale, float softcap, uint32_t seen_by_rows,
                                     bool has_bias, float bias) {
     const int key = device::lane_index() / 4;
     const float added = has_bias ? device::shuffle(bias, key) : 0.0f;
-    const bool visible = (seen >> key & 1) != 0;
+    const uint32_t seen_by = device::shuffle(seen_by_rows, key);
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       float score = s[r] * softmax_scale;
       if (softcap > 0) score = softcap * tanhf(score / softcap);
-      s[r] = visible ? score + added : -INFINITY;
+      s[r] = (seen_by >> r & 1) != 0 ? score + added : -INFINITY;
     }
   }
 

@@ -432,6 +432,26 @@ TEST(gather_attention, float32_tree_and_results) {
   check(c);
 }
 
+// One pass for all tokens, of which each sees a few keys that the others do not. Rows of a token
+// fall into two blocks.
+TEST(gather_attention, tokens_share_a_pass) {
+  Gather c = tree();
+  c.num_q_heads = 12;
+  c.seqlen_q = 5;
+  c.rotary_dim = 0;
+  c.with_results = c.with_tree = false;
+  check(c);
+}
+TEST(gather_attention, float32_tree_shares_a_pass) {
+  Gather c = tree();
+  c.dtype = DType::kFloat32;
+  c.seqlen_q = 4;
+  c.seqused_k = {90, 3};
+  c.rotary_dim = 0;
+  c.with_results = false;
+  check(c);
+}
+
 TEST(gather_attention, nothing_is_selected) {
   Gather c;
   c.batch = 2;
