@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from longctx.cache import make_cache
+from longctx.integrations.transformers import find_rope
 from longctx.store import PageGeometry, PageStore
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ class CacheRow:
     reach: int | None = None  # it must find the needles that are nearer than this, and no other
     max_host_bytes: int = 0  # its keys and values lie in a page store on disk, with so much memory in front
     page_size: int = 64  # of the store
+    wants_rope: bool = False  # it turns keys to positions of its own
     turn: int = 0  # it reads the context itself, so many tokens at a time
 
     @property
@@ -44,7 +46,8 @@ class CacheRow:
 
             yield DynamicCache(config=model.config)
         elif not self.max_host_bytes:
-            yield make_cache(model.config, self.method, **self.options)
+            rope = {"rope": find_rope(model)} if self.wants_rope else {}
+            yield make_cache(model.config, self.method, **self.options, **rope)
         else:
             geometry = PageGeometry.of(model.config, page_size=self.page_size, dtype=model.dtype)
             with (
@@ -64,7 +67,9 @@ ROWS = (
     CacheRow("Quest, pages of 16", "quest", {**QUEST, "page_size": 16}),
     CacheRow("Quest on disk, pages of 4", "tiered_quest", {"budget": BUDGET}, page_size=4, max_host_bytes=16 << 20),
     CacheRow("InfLLM", "infllm", {"window_size": WINDOW}),
+    CacheRow("LongHeads", "longheads", {"chunk_size": BUDGET // 16, "num_chunks": 16}, wants_rope=True),
     CacheRow("Squeezed", "squeezed", {"clusters": 0.01, "sparsity": 0.95, "num_iters": 5}),
+    CacheRow("Landmark (untrained)", "landmark", {"num_blocks": 32}),
     CacheRow("Recycled", "recycled", {"budget": BUDGET, "stride": 4}),
     CacheRow("StreamingLLM", "streaming", {"num_sink_tokens": 4, "window_size": BUDGET - 4}, reach=BUDGET - 4),
     CacheRow("SnapKV", "snapkv", {"budget": BUDGET}),
