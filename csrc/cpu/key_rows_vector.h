@@ -8,6 +8,7 @@
 #include <limits>
 
 #include "key_rows.h"
+#include "line_prefetch.h"
 #include "reduced_float.h"
 #include "vec_sums.h"
 
@@ -234,19 +235,18 @@ struct VectorKeyRows {
     constexpr int kKeys = kLanes / kRows;
     const int64_t dim = shape.row_dim(), columns = round_up(dim);
     const int64_t row_bytes = dim * static_cast<int64_t>(sizeof(In));
+    const int64_t far = smaller(kRowsAhead, count + ahead);
+    LinePrefetch prefetch(rows + far, count + ahead - far, row_bytes);
+    prefetch.spread((count + kKeys - 1) / kKeys * ((num_rows + kRows - 1) / kRows) *
+                    (kKeys / at_once(kRows)) * ((dim + kLanes - 1) / kLanes));
     const T* queries = static_cast<const T*>(packed);
     for (int64_t first = 0; first < count; first += kKeys) {
-      const int64_t next = first + kRowsAhead;
-      for (int64_t i = next; i < smaller(next + kKeys, count + ahead); ++i) {
-        const char* row = static_cast<const char*>(rows[i]);
-        for (int64_t b = 0; b < row_bytes; b += 64) __builtin_prefetch(row + b, 0, 2);
-      }
       const In* keys[kKeys];
       for (int c = 0; c < kKeys; ++c) keys[c] = row_of(rows[smaller(first + c, count - 1)]);
       const int64_t used = smaller(kKeys, count - first);
       for (int64_t r = 0; r < num_rows; r += kRows) {
         alignas(64) T s[kLanes];
-        score_keys<kRows>(keys, queries + r * columns, columns, dim, s);
+        score_keys<kRows>(keys, queries + r * columns, columns, dim, s, prefetch);
         for (int64_t i = 0; i < smaller(kRows, num_rows - r); ++i) {
           T* to = tile + (r + i) * kListRows + first;
           for (int64_t c = 0; c < used; ++c) to[c] = s[i * kKeys + c];
@@ -259,9 +259,11 @@ struct VectorKeyRows {
   // with the caller for registers.
   template <int kRows>
   __attribute__((noinline)) static void score_keys(const In* const* rows, const T* q,
-                                                   int64_t columns, int64_t dim, T* s) {
+                                                   int64_t columns, int64_t dim, T* s,
+                                                   LinePrefetch& prefetch) {
     constexpr int kKeys = kLanes / kRows;
     constexpr int kAtOnce = at_once(kRows);
+    LinePrefetch ahead = prefetch;
     const int64_t whole = dim / kLanes * kLanes;
     V x[kLanes];
 #pragma GCC unroll 4
@@ -282,6 +284,7 @@ struct VectorKeyRows {
 #pragma GCC unroll 4
           for (int c = 0; c < kAtOnce; ++c) acc[r][c] = fma(query, key[c], acc[r][c]);
         }
+        ahead();
       };
       for (int64_t d = 0; d < whole; d += kLanes) {
         V key[kAtOnce];
@@ -301,6 +304,7 @@ struct VectorKeyRows {
         for (int c = 0; c < kAtOnce; ++c) x[r * kKeys + part + c] = acc[r][c];
       }
     }
+    prefetch = ahead;
     sum_lanes(x).store(s);
   }
 

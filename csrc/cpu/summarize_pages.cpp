@@ -14,6 +14,7 @@
 #include "key_rows.h"
 #include "longctx/float_order.h"
 #include "longctx/sequence.h"
+#include "scratch.h"
 
 namespace longctx::cpu {
 namespace {
@@ -266,6 +267,10 @@ void run_as(const SummarizePagesParams& p, const Pages& pages) {
 }  // namespace
 
 void run_summarize_pages_cpu(const SummarizePagesParams& p) {
+  if (!p.update) {  // a new, contiguous tensor
+    const int64_t bytes = p.seqs.batch * p.summary.batch_stride * element_bytes(p.dtype);
+    prefer_huge_pages(p.summary.data, static_cast<size_t>(bytes));
+  }
   const Pages pages(p);
   if (p.method == SummaryMethod::kPooled) {
     const PooledSource source(p, pages);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
-from longctx.benchmark import cache_cases, kv_cases, linear_cases, prefill_cases, topk_cases
+from longctx.benchmark import cache_cases, kv_cases, linear_cases, page_cases, prefill_cases, topk_cases
 
-CASES = [*prefill_cases.CASES, *linear_cases.CASES, *topk_cases.CASES, *kv_cases.CASES, *cache_cases.CASES]
+_FAMILIES = (prefill_cases, linear_cases, topk_cases, page_cases, kv_cases, cache_cases)
+CASES = [case for family in _FAMILIES for case in family.CASES]
