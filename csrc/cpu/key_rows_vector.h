@@ -6,9 +6,9 @@
 
 #include <cstdint>
 #include <limits>
+#include <type_traits>
 
 #include "key_rows.h"
-#include "line_prefetch.h"
 #include "reduced_float.h"
 #include "vec_sums.h"
 
@@ -135,7 +135,7 @@ struct VectorKeyRows {
       if (r >= num_rows) continue;
       for (int64_t d = 0; d < shape.head_dim; ++d) {
         const T x = widen(row_of(queries[r])[d]) * static_cast<T>(shape.softmax_scale);
-        to[shape.minmax && !(x < 0) ? shape.head_dim + d : d] = x;
+        to[place(shape.minmax && !(x < 0) ? shape.head_dim + d : d, shape.row_dim())] = x;
       }
     }
   }
@@ -234,19 +234,17 @@ struct VectorKeyRows {
                          const void* const* rows, int64_t count, int64_t ahead, T* tile) {
     constexpr int kKeys = kLanes / kRows;
     const int64_t dim = shape.row_dim(), columns = round_up(dim);
-    const int64_t row_bytes = dim * static_cast<int64_t>(sizeof(In));
-    const int64_t far = smaller(kRowsAhead, count + ahead);
-    LinePrefetch prefetch(rows + far, count + ahead - far, row_bytes);
-    prefetch.spread((count + kKeys - 1) / kKeys * ((num_rows + kRows - 1) / kRows) *
-                    (kKeys / at_once(kRows)) * ((dim + kLanes - 1) / kLanes));
     const T* queries = static_cast<const T*>(packed);
     for (int64_t first = 0; first < count; first += kKeys) {
-      const In* keys[kKeys];
-      for (int c = 0; c < kKeys; ++c) keys[c] = row_of(rows[smaller(first + c, count - 1)]);
+      const In *keys[kKeys], *later[kKeys];
+      for (int c = 0; c < kKeys; ++c) {
+        keys[c] = row_of(rows[smaller(first + c, count - 1)]);
+        later[c] = row_of(rows[smaller(first + c + kRowsAhead, count + ahead - 1)]);
+      }
       const int64_t used = smaller(kKeys, count - first);
       for (int64_t r = 0; r < num_rows; r += kRows) {
         alignas(64) T s[kLanes];
-        score_keys<kRows>(keys, queries + r * columns, columns, dim, s, prefetch);
+        score_keys<kRows>(keys, r == 0 ? later : keys, queries + r * columns, columns, dim, s);
         for (int64_t i = 0; i < smaller(kRows, num_rows - r); ++i) {
           T* to = tile + (r + i) * kListRows + first;
           for (int64_t c = 0; c < used; ++c) to[c] = s[i * kKeys + c];
@@ -255,22 +253,34 @@ struct VectorKeyRows {
     }
   }
 
-  // One vector of scores: row by row, kKeys keys each. Not inlined, or the accumulators compete
-  // with the caller for registers.
+  // Vectors of even and odd elements, where that is cheaper than in order.
+  static constexpr bool kPairs = std::is_same_v<In, BFloat16> && kLanes >= 8;
+  static constexpr int64_t kStep = kPairs ? 2 * kLanes : kLanes;
+
+  // Where element d of a row of `dim` meets the query.
+  static int64_t place(int64_t d, int64_t dim) {
+    const int64_t within = d % kStep;
+    if (!kPairs || d - within + kStep > dim) return d;
+    return d - within + within % 2 * kLanes + within / 2;
+  }
+
+  // One vector of scores: row by row, kKeys keys each. Meanwhile the rows `later` are brought into
+  // the L2 cache, a line for every line that is computed with: in bursts they would hold up the
+  // loads. Not inlined, or the accumulators compete with the caller for registers.
   template <int kRows>
-  __attribute__((noinline)) static void score_keys(const In* const* rows, const T* q,
-                                                   int64_t columns, int64_t dim, T* s,
-                                                   LinePrefetch& prefetch) {
+  __attribute__((noinline)) static void score_keys(const In* const* rows, const In* const* later,
+                                                   const T* q, int64_t columns, int64_t dim, T* s) {
     constexpr int kKeys = kLanes / kRows;
     constexpr int kAtOnce = at_once(kRows);
-    LinePrefetch ahead = prefetch;
-    const int64_t whole = dim / kLanes * kLanes;
     V x[kLanes];
 #pragma GCC unroll 4
     for (int part = 0; part < kKeys; part += kAtOnce) {
-      const In* k[kAtOnce];
+      const In *k[kAtOnce], *next[kAtOnce];
 #pragma GCC unroll 4
-      for (int c = 0; c < kAtOnce; ++c) k[c] = rows[part + c];
+      for (int c = 0; c < kAtOnce; ++c) {
+        k[c] = rows[part + c];
+        next[c] = later[part + c];
+      }
       V acc[kRows][kAtOnce];
 #pragma GCC unroll 4
       for (int r = 0; r < kRows; ++r) {
@@ -284,19 +294,31 @@ struct VectorKeyRows {
 #pragma GCC unroll 4
           for (int c = 0; c < kAtOnce; ++c) acc[r][c] = fma(query, key[c], acc[r][c]);
         }
-        ahead();
       };
-      for (int64_t d = 0; d < whole; d += kLanes) {
+      int64_t d = 0;
+      for (; d + kStep <= dim; d += kStep) {
         V key[kAtOnce];
+        if constexpr (kPairs) {
+          V odd[kAtOnce];
 #pragma GCC unroll 4
-        for (int c = 0; c < kAtOnce; ++c) key[c] = V::load(k[c] + d);
-        add(key, d);
+          for (int c = 0; c < kAtOnce; ++c) V::load_pair(k[c] + d, key[c], odd[c]);
+          add(key, d);
+          add(odd, d + kLanes);
+        } else {
+#pragma GCC unroll 4
+          for (int c = 0; c < kAtOnce; ++c) key[c] = V::load(k[c] + d);
+          add(key, d);
+        }
+#pragma GCC unroll 4
+        for (int c = 0; c < kAtOnce; ++c) __builtin_prefetch(next[c] + d, 0, 2);
       }
-      if (whole < dim) {
+      for (; d < dim; d += kLanes) {
         V key[kAtOnce];
 #pragma GCC unroll 4
-        for (int c = 0; c < kAtOnce; ++c) key[c] = load_part(k[c] + whole, dim - whole);
-        add(key, whole);
+        for (int c = 0; c < kAtOnce; ++c) {
+          key[c] = d + kLanes <= dim ? V::load(k[c] + d) : load_part(k[c] + d, dim - d);
+        }
+        add(key, d);
       }
 #pragma GCC unroll 4
       for (int r = 0; r < kRows; ++r) {
@@ -304,7 +326,6 @@ struct VectorKeyRows {
         for (int c = 0; c < kAtOnce; ++c) x[r * kKeys + part + c] = acc[r][c];
       }
     }
-    prefetch = ahead;
     sum_lanes(x).store(s);
   }
 

@@ -33,6 +33,12 @@ struct Vec<float> {
   static Vec load(const Float16* p) {
     return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
   }
+  // Elements of even and of odd index: one instruction each, where widening in order takes two.
+  static void load_pair(const BFloat16* p, Vec& even, Vec& odd) {
+    const __m512i bits = _mm512_loadu_si512(p);
+    even = {_mm512_castsi512_ps(_mm512_slli_epi32(bits, 16))};
+    odd = {_mm512_castsi512_ps(_mm512_and_si512(bits, _mm512_set1_epi32(-65536)))};
+  }
   static Vec broadcast(float s) { return {_mm512_set1_ps(s)}; }
   void store(float* p) const { _mm512_storeu_ps(p, v); }
 
