@@ -53,8 +53,8 @@ def _token_scores(length: int, dtype: torch.dtype) -> Contenders:
     q = q[:, :, -1:].contiguous()
 
     def torch_scores() -> Tensor:
-        logits = q.unflatten(1, (2, 4))[:, :, :, 0] @ k.transpose(2, 3)
-        return torch.amax(logits, dim=2, keepdim=True).float() * 128**-0.5
+        logits: Tensor = q.unflatten(1, (2, 4))[:, :, :, 0] @ k.transpose(2, 3)
+        return torch.mul(torch.amax(logits, dim=2, keepdim=True).float(), 128**-0.5)
 
     run: dict[str, Callable[[], object]] = {
         "longctx": lambda: longctx.token_scores(q, k, head_reduce="group_max"),
