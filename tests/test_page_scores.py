@@ -54,7 +54,6 @@ def check(call: Call) -> Tensor:
     return actual
 
 
-@pytest.mark.sanitize
 @pytest.mark.parametrize("head_dim", [1, 7, 64, 128, 300])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_head_dims(isa: str, dtype: torch.dtype, head_dim: int) -> None:
