@@ -81,15 +81,20 @@ class Checker {
   void shape(const char* argument, const Tensor& tensor, const char* names,
              std::initializer_list<int64_t> expected) const {
     bool ok = tensor.dim() == static_cast<int64_t>(expected.size());
-    std::ostringstream wanted;
-    wanted << "have shape " << names << " = [";
     int64_t dim = 0;
     for (const int64_t size : expected) {
       ok = ok && (size == kAnySize || tensor.size(dim) == size);
+      ++dim;
+    }
+    if (ok) return;  // streams cost more than all else that is checked
+    std::ostringstream wanted;
+    wanted << "have shape " << names << " = [";
+    dim = 0;
+    for (const int64_t size : expected) {
       wanted << (dim++ ? ", " : "");
       size == kAnySize ? wanted << "*" : wanted << size;
     }
-    if (!ok) fail(argument, wanted.str() + "]", to_text(tensor.sizes()));
+    fail(argument, wanted.str() + "]", to_text(tensor.sizes()));
   }
 
   void dtype(const char* argument, const Tensor& tensor, ScalarType expected) const {

@@ -14,7 +14,7 @@
 namespace longctx::cpu {
 namespace {
 
-constexpr int64_t kKvHeads = 2, kDim = 128, kKept = 2048, kTurns = 16;
+constexpr int64_t kKvHeads = 2, kDim = 128, kKept = 2048, kTurns = 256;
 constexpr int64_t kRowBytes = kDim * sizeof(BFloat16);
 
 // [kTurns][kKvHeads][kKept / block_size] ascending block numbers.

@@ -1,8 +1,9 @@
 // Inputs that the microbenchmarks share.
 #pragma once
 #include <cstdint>
+#include <cstdlib>
+#include <memory>
 #include <random>
-#include <vector>
 
 #include "cpu/reduced_float.h"
 #include "longctx/params.h"
@@ -25,22 +26,25 @@ inline DType dtype_of<Float16>() {
   return DType::kFloat16;
 }
 
-// [heads, seqlen, head_dim], contiguous, standard normal.
+// [heads, seqlen, head_dim], contiguous, standard normal; on a cache line, as torch's tensors are.
 template <class T>
 class Tensor {
  public:
   Tensor(int64_t heads, int64_t seqlen, int64_t head_dim)
-      : data_(heads * seqlen * head_dim), seqlen_(seqlen), head_dim_(head_dim) {
+      : size_(heads * seqlen * head_dim),
+        data_(static_cast<T*>(std::aligned_alloc(64, (size_ * sizeof(T) + 63) / 64 * 64)),
+              std::free),
+        seqlen_(seqlen),
+        head_dim_(head_dim) {
     std::mt19937 rng(7);
     std::normal_distribution<float> normal;
-    for (T& x : data_) narrow(normal(rng), x);
+    for (int64_t i = 0; i < size_; ++i) narrow(normal(rng), data_.get()[i]);
   }
-  TensorView view() {
-    return {data_.data(), static_cast<int64_t>(data_.size()), seqlen_ * head_dim_, head_dim_};
-  }
+  TensorView view() { return {data_.get(), size_, seqlen_ * head_dim_, head_dim_}; }
 
  private:
-  std::vector<T> data_;
+  int64_t size_;
+  std::unique_ptr<T, decltype(&std::free)> data_;
   int64_t seqlen_, head_dim_;
 };
 

@@ -14,8 +14,9 @@
 
 namespace longctx::cpu {
 
-constexpr int64_t kListKeys = 512;     // keys handed over at a time
-constexpr int64_t kPrefetchKeys = 64;  // rows in flight: 16 to 128 draw the full bandwidth
+constexpr int64_t kListKeys = 512;      // keys handed over at a time
+constexpr int64_t kPrefetchKeys = 64;   // rows in flight: 16 to 128 draw the full bandwidth
+constexpr int64_t kScatteredKeys = 32;  // the same of scattered keys, and those of V
 
 struct FewRowsShape {
   DType dtype = DType::kFloat32;  // of q, k, v and out
@@ -32,6 +33,7 @@ struct KeyList {
   const void* k_rows[kListKeys];  // -> [head_dim]
   const void* v_rows[kListKeys];  // -> [head_dim_v]
   const float* rope[kListKeys];   // -> [2, rotary_dim / 2] of the key's position; with a rotary_dim
+  bool scattered = false;         // no long runs of rows that follow each other in memory
   bool has_bias = false;
   float bias[kListKeys];       // added to the scores
   int32_t entries[kListKeys];  // where their weights are summed (EntryMass), if anywhere

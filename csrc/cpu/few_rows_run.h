@@ -169,12 +169,20 @@ class FewRowsWorker {
   }
 
   void prefetch_first() const {
-    const int64_t bytes = job_.shape.head_dim * (job_.shape.dtype == DType::kFloat64   ? 8
-                                                 : job_.shape.dtype == DType::kFloat32 ? 4
-                                                                                       : 2);
-    for (int64_t i = 0; i < std::min(ahead_list_->count, kPrefetchKeys); ++i) {
-      const char* row = static_cast<const char*>(ahead_list_->k_rows[i]);
-      for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(row + b, 0, 2);
+    const FewRowsShape& shape = job_.shape;
+    const int64_t size = shape.dtype == DType::kFloat64   ? 8
+                         : shape.dtype == DType::kFloat32 ? 4
+                                                          : 2;
+    const auto prefetch = [](const void* row, int64_t bytes) {
+      for (int64_t b = 0; b < bytes; b += 64) {
+        __builtin_prefetch(static_cast<const char*>(row) + b, 0, 2);
+      }
+    };
+    const bool scattered = ahead_list_->scattered;
+    const int64_t keys = scattered ? kScatteredKeys : kPrefetchKeys;
+    for (int64_t i = 0; i < std::min(ahead_list_->count, keys); ++i) {
+      prefetch(ahead_list_->k_rows[i], shape.head_dim * size);
+      if (scattered) prefetch(ahead_list_->v_rows[i], shape.head_dim_v * size);
     }
   }
 

@@ -69,6 +69,8 @@ struct GatherPart {
 };
 
 class SelectedKeys {
+  static constexpr int64_t kSequentialKeys = 16;  // of an entry that reads like a sequence
+
  public:
   SelectedKeys() = default;
   SelectedKeys(const GatherAttentionParams& p, const GatherPart& part)
@@ -100,6 +102,7 @@ class SelectedKeys {
   bool next(KeyList* list) {
     list->count = 0;
     list->has_bias = bias_ != nullptr;
+    list->scattered = params_->block_size_k < kSequentialKeys;
     if (simple_) list_single_keys(list);
     while (list->count < kListKeys) {
       if (run_.begin >= run_.end && !next_run()) break;
