@@ -8,7 +8,8 @@ override PYTHON := $(or $(shell command -v $(PYTHON)),$(PYTHON))
 VENV := .venv
 LINTERS := ruff==0.17.5 mypy==2.4.1 clang-format==23.1.5
 # ccache and ninja are used where they are found.
-LAUNCHER := $(if $(shell command -v ccache),-C cmake.define.CMAKE_CXX_COMPILER_LAUNCHER=ccache)
+# pip before 23.1, as in Debian 12, does not know the short form -C.
+LAUNCHER := $(if $(shell command -v ccache),--config-settings=cmake.define.CMAKE_CXX_COMPILER_LAUNCHER=ccache)
 
 has_torch = $(shell $(1) $(CURDIR)/build_tools/find_torch.py >/dev/null 2>&1 && echo yes)
 ifeq ($(call has_torch,$(PYTHON)),yes)
@@ -65,7 +66,7 @@ simt: $(INSTALLED) | toolchain $(PY)
 	elif [ ! -e /usr/include/gtest/gtest.h ]; then echo "host SIMT not run: no GoogleTest (Debian: apt-get install libgtest-dev)"; \
 	else \
 	  $(PY) -m pip install -q cmake ninja && \
-	  $(PY) -m cmake -S . -B build/simt -G Ninja -DLONGCTX_SIMT=ON $(subst -C cmake.define.,-D,$(LAUNCHER)) \
+	  $(PY) -m cmake -S . -B build/simt -G Ninja -DLONGCTX_SIMT=ON $(subst --config-settings=cmake.define.,-D,$(LAUNCHER)) \
 	    -DLONGCTX_CUDA_INCLUDE=$(CUDA_HOME)/include -DPython_EXECUTABLE=$(abspath $(PY)) >/dev/null && \
 	  $(PY) -m cmake --build build/simt --target longctx_simt simt_tests longctx_lanes_simt && \
 	  $(dir $(PY))ctest --test-dir build/simt --output-on-failure -j2 && \
