@@ -98,7 +98,9 @@ class SqueezedLayer(LongctxLayer):
         for layer in self.peers:
             layer._cluster()
         found = [layer for layer in self.peers if layer.centroids is not None]
-        if not found:
+        if not found:  # the window is the whole prompt
+            for layer in self.peers:
+                layer.q_window = None
             return
         if self.coarse_sparsity is not None:
             weights = [layer._coarse_weights(layer._window()) for layer in found]
