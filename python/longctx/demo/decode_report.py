@@ -54,33 +54,29 @@ def lines(task: DecodeTask, results: list[Decoded], prefill_seconds: float) -> l
 
 
 def draw(task: DecodeTask, results: list[Decoded], directory: Path) -> Path:
-    """Writes decode.png: time a token against keys read; raises ImportError without matplotlib."""
+    """Writes decode.png: what a token costs under every cache; raises ImportError without matplotlib."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(9, 5.5), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(9, 0.36 * len(results) + 1.2), layout="constrained")
     total = len(task.questions)
-    scatter = None
-    for result in results:
+    places = range(len(results))
+    found = [sum(result.right) / total for result in results]
+    milliseconds = [result.token_seconds * 1e3 for result in results]
+    axes.barh(places, milliseconds, color=matplotlib.colormaps["RdYlGn"](found), ec="black", lw=0.6)
+    for place, result, width in zip(places, results, milliseconds, strict=True):
         keys = result.keys_read or len(task.context)
-        scatter = axes.scatter(
-            keys, result.token_seconds * 1e3, c=[sum(result.right)], vmin=0, vmax=total, cmap="RdYlGn", s=90, ec="black"
+        axes.text(
+            width * 1.05, place, f"{sum(result.right)}/{total} needles, {keys:,.0f} keys", va="center", fontsize=8
         )
-        axes.annotate(
-            f"{result.name} {sum(result.right)}/{total}",
-            (keys, result.token_seconds * 1e3),
-            textcoords="offset points",
-            xytext=(8, 4),
-            fontsize=8,
-        )
-    axes.set(xscale="log", yscale="log", xlabel="keys read, a token, layer and kv head", ylabel="a token [ms]")
-    axes.set_title(f"Decoding behind {len(task.context)} tokens: speed, keys read and needles found")
-    axes.margins(x=0.2)
-    axes.grid(alpha=0.3)
-    if scatter is not None:
-        figure.colorbar(scatter, ax=axes, label=f"needles found of {total}")
+    axes.set_yticks(places, [result.name for result in results])
+    axes.invert_yaxis()
+    axes.set(
+        xscale="log", xlabel="a token of the whole model [ms]", xlim=(min(milliseconds) / 2, max(milliseconds) * 6)
+    )
+    axes.set_title(f"Decoding behind {len(task.context)} tokens: time, needles found, keys read a kv head")
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / "decode.png"
     figure.savefig(path, dpi=120)
