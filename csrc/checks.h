@@ -7,6 +7,8 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <initializer_list>
@@ -54,6 +56,25 @@ inline std::string to_text(ScalarType type) {
   }
 }
 
+// What was passed, in words: made from these only where a check fails, since a stream costs more
+// than all that is checked.
+struct Strides {
+  const Tensor& tensor;
+};
+struct Beside {
+  int64_t first, second;
+};
+template <class Got>
+const Got& to_text(const Got& got) {
+  return got;
+}
+inline std::string to_text(Strides strides) {
+  return "strides " + to_text(strides.tensor.strides());
+}
+inline std::string to_text(Beside sizes) {
+  return std::to_string(sizes.first) + " beside " + std::to_string(sizes.second);
+}
+
 inline std::string device_text(const Tensor& tensor) {
   if (tensor.is_cpu()) return "cpu";
   if (tensor.is_cuda()) return "cuda:" + std::to_string(tensor.get_device_index());
@@ -68,7 +89,8 @@ class Checker {
   template <class Got>
   [[noreturn]] void fail(const char* argument, const std::string& rule, const Got& got) const {
     std::ostringstream text;
-    text << "longctx::" << op_ << ": `" << argument << "` must " << rule << "; got " << got;
+    text << "longctx::" << op_ << ": `" << argument << "` must " << rule << "; got "
+         << to_text(got);
     throw std::invalid_argument(text.str());
   }
 
@@ -86,7 +108,7 @@ class Checker {
       ok = ok && (size == kAnySize || tensor.size(dim) == size);
       ++dim;
     }
-    if (ok) return;  // streams cost more than all else that is checked
+    if (ok) return;
     std::ostringstream wanted;
     wanted << "have shape " << names << " = [";
     dim = 0;
@@ -94,12 +116,12 @@ class Checker {
       wanted << (dim++ ? ", " : "");
       size == kAnySize ? wanted << "*" : wanted << size;
     }
-    fail(argument, wanted.str() + "]", to_text(tensor.sizes()));
+    fail(argument, wanted.str() + "]", tensor.sizes());
   }
 
   void dtype(const char* argument, const Tensor& tensor, ScalarType expected) const {
     if (tensor.scalar_type() != expected) {
-      fail(argument, "have dtype " + to_text(expected), to_text(tensor.scalar_type()));
+      fail(argument, "have dtype " + to_text(expected), tensor.scalar_type());
     }
   }
 
@@ -114,8 +136,7 @@ class Checker {
       case ScalarType::Half:
         return DType::kFloat16;
       default:
-        fail(argument, "have dtype float32, float64, bfloat16 or float16",
-             to_text(tensor.scalar_type()));
+        fail(argument, "have dtype float32, float64, bfloat16 or float16", tensor.scalar_type());
     }
   }
 
@@ -129,13 +150,13 @@ class Checker {
   void contiguous_last_dim(const char* argument, const Tensor& tensor) const {
     const int64_t last = tensor.dim() - 1;
     if (tensor.size(last) > 1 && tensor.stride(last) != 1) {
-      fail(argument, "be contiguous in its last dim", "strides " + to_text(tensor.strides()));
+      fail(argument, "be contiguous in its last dim", Strides{tensor});
     }
   }
 
   void contiguous(const char* argument, const Tensor& tensor) const {
     if (!tensor.is_contiguous()) {
-      fail(argument, "be contiguous", "strides " + to_text(tensor.strides()));
+      fail(argument, "be contiguous", Strides{tensor});
     }
   }
 
@@ -148,6 +169,28 @@ class Checker {
  private:
   const char* op_;
 };
+
+// Uninitialised, contiguous, on the device of `like`: straight from the allocator, where
+// torch::stable::new_empty looks an op up by name.
+inline Tensor new_tensor(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes,
+                         ScalarType dtype) {
+  std::array<int64_t, 16> strides;
+  int64_t stride = 1;
+  for (size_t dim = sizes.size(); dim-- > 0;) {
+    strides[dim] = stride;
+    stride *= std::max<int64_t>(sizes[dim], 1);
+  }
+  const auto device = like.device();
+  AtenTensorHandle result;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), static_cast<int32_t>(dtype),
+      static_cast<int32_t>(device.type()), device.index(), &result));
+  return Tensor(result);
+}
+
+inline Tensor new_tensor(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes) {
+  return new_tensor(like, sizes, like.scalar_type());
+}
 
 // A short string argument. The stable ABI's own conversion to std::string leaks the string; this
 // one frees the handle it was given.

@@ -19,16 +19,15 @@ AttentionOutputs allocate_outputs(const Checker& check, const Tensor& q, const T
   check.dtype("v", v, q.scalar_type());
   check.shape("v", v, "[batch, num_kv_heads, seqlen_k, head_dim_v]",
               {q.size(0), k.size(1), k.size(2), kAnySize});
-  check.require(v.size(3) > 0, "v", "have a head_dim_v of at least 1", to_text(v.sizes()));
+  check.require(v.size(3) > 0, "v", "have a head_dim_v of at least 1", v.sizes());
   check.contiguous_last_dim("v", v);
   params.sinks = sinks_data(check, sinks, q);
   check.require(!page_table, "page_table", "be None: paged KV is not supported yet", "a tensor");
 
   const ScalarType lse_type =
       params.dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float;
-  AttentionOutputs outputs{
-      torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2), v.size(3)}),
-      torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2)}, lse_type)};
+  AttentionOutputs outputs{new_tensor(q, {q.size(0), q.size(1), q.size(2), v.size(3)}),
+                           new_tensor(q, {q.size(0), q.size(1), q.size(2)}, lse_type)};
   params.v = view_of(v);
   params.head_dim_v = v.size(3);
   params.out = view_of(outputs.out);

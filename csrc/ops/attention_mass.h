@@ -46,8 +46,8 @@ std::tuple<Tensor, Tensor> attention_mass(
   params.lse = lse_rows.const_data_ptr();
   params.num_diagonals = std::max<int64_t>(q.size(2) + k.size(2) - 1, 0);
   const Tensor key_mass =
-      torch::stable::new_empty(q, {q.size(0), q.size(1), by_key ? num_keys : 0}, ScalarType::Float);
-  const Tensor diagonal_mass = torch::stable::new_empty(
+      new_tensor(q, {q.size(0), q.size(1), by_key ? num_keys : 0}, ScalarType::Float);
+  const Tensor diagonal_mass = new_tensor(
       q, {q.size(0), q.size(1), by_diagonal ? params.num_diagonals : 0}, ScalarType::Float);
   if (by_key) params.key_mass = key_mass.mutable_data_ptr<float>();
   if (by_diagonal) params.diagonal_mass = diagonal_mass.mutable_data_ptr<float>();

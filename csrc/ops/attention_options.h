@@ -45,8 +45,8 @@ void fill_query_key(const Checker& check, const Tensor& q, const Tensor& k, Para
   params.dtype = check.floating("q", q);
   check.shape("q", q, "[batch, num_q_heads, seqlen_q, head_dim]",
               {kAnySize, kAnySize, kAnySize, kAnySize});
-  check.require(q.size(1) > 0, "q", "have at least one head", to_text(q.sizes()));
-  check.require(q.size(3) > 0, "q", "have a head_dim of at least 1", to_text(q.sizes()));
+  check.require(q.size(1) > 0, "q", "have at least one head", q.sizes());
+  check.require(q.size(3) > 0, "q", "have a head_dim of at least 1", q.sizes());
   check.contiguous_last_dim("q", q);
   check.same_device("k", k, q);
   check.dtype("k", k, q.scalar_type());
@@ -56,7 +56,7 @@ void fill_query_key(const Checker& check, const Tensor& q, const Tensor& k, Para
               {in_pages ? kAnySize : q.size(0), kAnySize, kAnySize, q.size(3)});
   check.require(k.size(1) > 0 && q.size(1) % k.size(1) == 0, "k",
                 "have a number of heads that divides the number of heads of `q`",
-                std::to_string(k.size(1)) + " beside " + std::to_string(q.size(1)));
+                Beside{k.size(1), q.size(1)});
   check.contiguous_last_dim("k", k);
   params.q = view_of(q);
   params.k = view_of(k);
@@ -83,7 +83,7 @@ inline SequenceParams sequences(const Checker& check, const char* name, const Te
     check.require(cu_seqlens_q.has_value(), "cu_seqlens_q", "be given with `cu_seqlens_k`", "None");
     check.require(cu_seqlens_k.has_value(), "cu_seqlens_k", "be given with `cu_seqlens_q`", "None");
     check.require(first.size(0) == 1, name, "have batch 1 when sequences are packed",
-                  to_text(first.sizes()));
+                  first.sizes());
     check_lengths("cu_seqlens_q", *cu_seqlens_q, "[num_seqs + 1]", kAnySize);
     check.require(cu_seqlens_q->size(0) > 0, "cu_seqlens_q", "hold at least one offset", "none");
     check_lengths("cu_seqlens_k", *cu_seqlens_k, "[num_seqs + 1]", cu_seqlens_q->size(0));
@@ -105,8 +105,7 @@ inline SequenceParams sequences(const Checker& check, const char* name, const Te
   SequenceParams seqs;
   seqs.batch = seqs.num_seqs = first.size(0);
   if (!cu_seqlens) return seqs;
-  check.require(first.size(0) == 1, name, "have batch 1 when sequences are packed",
-                to_text(first.sizes()));
+  check.require(first.size(0) == 1, name, "have batch 1 when sequences are packed", first.sizes());
   check.same_device("cu_seqlens", *cu_seqlens, first);
   check.dtype("cu_seqlens", *cu_seqlens, ScalarType::Int);
   check.shape("cu_seqlens", *cu_seqlens, "[num_seqs + 1]", {kAnySize});

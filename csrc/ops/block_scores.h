@@ -34,9 +34,9 @@ Tensor block_scores(const Tensor& q, const Tensor& k, int64_t block_size_q, int6
       (q.size(2) + block_size_q - 1) / block_size_q + (packed ? params.map.seqs.num_seqs : 0);
   params.map.num_k_blocks = (k.size(2) + block_size_k - 1) / block_size_k;
 
-  const Tensor scores = torch::stable::new_empty(
-      q, {q.size(0), q.size(1), params.map.num_q_blocks, params.map.num_k_blocks},
-      ScalarType::Float);
+  const Tensor scores =
+      new_tensor(q, {q.size(0), q.size(1), params.map.num_q_blocks, params.map.num_k_blocks},
+                 ScalarType::Float);
   params.scores = scores.mutable_data_ptr<float>();
   run(params);
   return scores;

@@ -29,11 +29,10 @@ inline BlockList block_list(const Checker& check, const Tensor& q, const Tensor&
   blocks.pattern_batch = block_indptr.size(0);
   blocks.pattern_heads = block_indptr.size(1);
   check.require(blocks.pattern_batch == 1 || blocks.pattern_batch == q.size(0), "block_indptr",
-                "have batch 1 or that of `q`", to_text(block_indptr.sizes()));
+                "have batch 1 or that of `q`", block_indptr.sizes());
   check.require(blocks.pattern_heads == 1 || blocks.pattern_heads == k.size(1) ||
                     blocks.pattern_heads == q.size(1),
-                "block_indptr", "have 1, num_kv_heads or num_q_heads heads",
-                to_text(block_indptr.sizes()));
+                "block_indptr", "have 1, num_kv_heads or num_q_heads heads", block_indptr.sizes());
   check.contiguous("block_indptr", block_indptr);
 
   check.same_device("block_indices", block_indices, q);

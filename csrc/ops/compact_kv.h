@@ -15,7 +15,7 @@ Tensor compact_kv(std::vector<Tensor> k_cache, std::vector<Tensor> v_cache, cons
   fill_layers(check, k_cache, v_cache, indices.size(0), seqused_k, page_table, views, params);
   fill_key_lists(check, k_cache[0], indices, counts, params);
 
-  const Tensor lengths = torch::stable::new_empty(indices, {params.batch, params.index_heads});
+  const Tensor lengths = new_tensor(indices, {params.batch, params.index_heads});
   params.lengths = lengths.mutable_data_ptr<int32_t>();
   run(params);
   return lengths;

@@ -57,7 +57,7 @@ inline RowsView<bool> tree_view(const Checker& check, const Tensor& q, const Ten
               {kAnySize, q.size(2), q.size(2)});
   const bool one = tree_mask.size(0) == 1;
   check.require(one || tree_mask.size(0) == q.size(0), "tree_mask", "have batch or 1 entries",
-                to_text(tree_mask.sizes()));
+                tree_mask.sizes());
   check.contiguous_last_dim("tree_mask", tree_mask);
   return {tree_mask.const_data_ptr<bool>(), one ? 0 : tree_mask.stride(0), 0, tree_mask.stride(1)};
 }
@@ -82,7 +82,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gather_attention(
               in_pages ? "[num_pages, num_kv_heads, page_size, head_dim_v]"
                        : "[batch, num_kv_heads, seqlen_k, head_dim_v]",
               {k.size(0), k.size(1), k.size(2), kAnySize});
-  check.require(v.size(3) > 0, "v", "have a head_dim_v of at least 1", to_text(v.sizes()));
+  check.require(v.size(3) > 0, "v", "have a head_dim_v of at least 1", v.sizes());
   check.contiguous_last_dim("v", v);
   if (in_pages) {
     check.require(seqused_k.has_value(), "seqused_k", "be given with `page_table`", "None");
@@ -95,9 +95,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gather_attention(
               {q.size(0), kAnySize, kAnySize, kAnySize});
   const int64_t heads = indices.size(1), tokens = indices.size(2), num_entries = indices.size(3);
   check.require(tokens == 1 || tokens == q.size(2), "indices", "have seqlen_q or 1 tokens",
-                to_text(indices.sizes()));
+                indices.sizes());
   check.require(heads == 1 || heads == k.size(1) || heads == q.size(1), "indices",
-                "have 1, num_kv_heads or num_q_heads heads", to_text(indices.sizes()));
+                "have 1, num_kv_heads or num_q_heads heads", indices.sizes());
   check.contiguous_last_dim("indices", indices);
   params.indices = rows_of<int32_t>(indices);
   params.num_entries = num_entries;
@@ -137,21 +137,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gather_attention(
 
   const ScalarType lse_type =
       params.dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float;
-  const Tensor out = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2), v.size(3)});
-  const Tensor lse = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2)}, lse_type);
+  const Tensor out = new_tensor(q, {q.size(0), q.size(1), q.size(2), v.size(3)});
+  const Tensor lse = new_tensor(q, {q.size(0), q.size(1), q.size(2)}, lse_type);
   params.v = view_of(v);
   params.head_dim_v = v.size(3);
   params.out = view_of(out);
   params.lse = lse.mutable_data_ptr();
   const int64_t mass_batch = return_key_mass ? q.size(0) : 0;
   const Tensor key_mass =
-      torch::stable::new_empty(q, {mass_batch, heads, tokens, num_entries + 1}, ScalarType::Float);
+      new_tensor(q, {mass_batch, heads, tokens, num_entries + 1}, ScalarType::Float);
   if (return_key_mass) params.key_mass = key_mass.mutable_data_ptr<float>();
   const int64_t num_states = return_block_states ? num_entries + 1 : 0;
-  const Tensor block_out =
-      torch::stable::new_empty(q, {num_states, q.size(0), q.size(1), q.size(2), v.size(3)});
-  const Tensor block_lse =
-      torch::stable::new_empty(q, {num_states, q.size(0), q.size(1), q.size(2)}, lse_type);
+  const Tensor block_out = new_tensor(q, {num_states, q.size(0), q.size(1), q.size(2), v.size(3)});
+  const Tensor block_lse = new_tensor(q, {num_states, q.size(0), q.size(1), q.size(2)}, lse_type);
   if (return_block_states) {
     params.block_out = block_out.mutable_data_ptr();
     params.block_lse = block_lse.mutable_data_ptr();

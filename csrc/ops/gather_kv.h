@@ -17,8 +17,8 @@ std::tuple<Tensor, Tensor> gather_kv(const Tensor& k, const Tensor& v, const Ten
   params.v = view_of(v);
 
   const int64_t entries = params.num_entries, heads = params.num_kv_heads;
-  const Tensor k_out = torch::stable::new_empty(k, {params.batch, heads, entries, k.size(3)});
-  const Tensor v_out = torch::stable::new_empty(v, {params.batch, heads, entries, v.size(3)});
+  const Tensor k_out = new_tensor(k, {params.batch, heads, entries, k.size(3)});
+  const Tensor v_out = new_tensor(v, {params.batch, heads, entries, v.size(3)});
   params.k_out = k_out.mutable_data_ptr();
   params.v_out = v_out.mutable_data_ptr();
   run(params);

@@ -17,9 +17,9 @@ std::tuple<Tensor, Tensor, Tensor> kmeans(const Tensor& keys, int64_t num_cluste
   KMeansParams params;
   params.dtype = check.floating("keys", keys);
   check.shape("keys", keys, "[batch, heads, n, dim]", {kAnySize, kAnySize, kAnySize, kAnySize});
-  check.require(keys.size(3) > 0, "keys", "have a dim of at least 1", to_text(keys.sizes()));
+  check.require(keys.size(3) > 0, "keys", "have a dim of at least 1", keys.sizes());
   check.require(keys.size(2) <= std::numeric_limits<int32_t>::max(), "keys",
-                "have indices that fit int32", to_text(keys.sizes()));
+                "have indices that fit int32", keys.sizes());
   check.contiguous_last_dim("keys", keys);
   constexpr int64_t kMaxClusters = int64_t{1} << 24;
   check.require(num_clusters >= 1 && num_clusters <= kMaxClusters, "num_clusters",
@@ -51,12 +51,10 @@ std::tuple<Tensor, Tensor, Tensor> kmeans(const Tensor& keys, int64_t num_cluste
                       0};
   }
 
-  const Tensor centroids =
-      torch::stable::new_empty(keys, {params.batch, params.heads, num_clusters, params.dim});
-  const Tensor labels =
-      torch::stable::new_empty(keys, {params.batch, params.heads, params.n}, ScalarType::Int);
+  const Tensor centroids = new_tensor(keys, {params.batch, params.heads, num_clusters, params.dim});
+  const Tensor labels = new_tensor(keys, {params.batch, params.heads, params.n}, ScalarType::Int);
   const Tensor sizes =
-      torch::stable::new_empty(keys, {params.batch, params.heads, num_clusters}, ScalarType::Int);
+      new_tensor(keys, {params.batch, params.heads, num_clusters}, ScalarType::Int);
   params.centroids = centroids.mutable_data_ptr();
   params.labels = labels.mutable_data_ptr<int32_t>();
   params.cluster_counts = sizes.mutable_data_ptr<int32_t>();

@@ -20,7 +20,7 @@ inline void fill_kv_rows(const Checker& check, const char* k_name, const Tensor&
               in_pages ? "[num_pages, num_kv_heads, page_size, head_dim]"
                        : "[batch, num_kv_heads, seqlen_k, head_dim]",
               {in_pages ? kAnySize : batch, kAnySize, kAnySize, kAnySize});
-  check.require(k.size(1) > 0, k_name, "have at least one head", to_text(k.sizes()));
+  check.require(k.size(1) > 0, k_name, "have at least one head", k.sizes());
   check.contiguous_last_dim(k_name, k);
   check.same_device(v_name, v, k);
   check.dtype(v_name, v, k.scalar_type());
@@ -47,7 +47,7 @@ inline void fill_kv_rows(const Checker& check, const char* k_name, const Tensor&
     check.dtype("page_table", *page_table, ScalarType::Int);
     check.shape("page_table", *page_table, "[batch, max_pages]", {batch, kAnySize});
     check.contiguous("page_table", *page_table);
-    check.require(k.size(2) > 0, k_name, "have a page_size of at least 1", to_text(k.sizes()));
+    check.require(k.size(2) > 0, k_name, "have a page_size of at least 1", k.sizes());
     params.pages = {page_table->const_data_ptr<int32_t>(), page_table->size(1), k.size(0),
                     k.size(2)};
     params.seqlen_k = params.pages.max_pages * params.pages.page_size;
@@ -63,7 +63,7 @@ inline void fill_key_lists(const Checker& check, const Tensor& k, const Tensor& 
   check.dtype("indices", indices, ScalarType::Int);
   const int64_t heads = indices.size(1);
   check.require(heads == 1 || heads == params.num_kv_heads, "indices",
-                "have 1 or num_kv_heads heads", to_text(indices.sizes()));
+                "have 1 or num_kv_heads heads", indices.sizes());
   check.contiguous_last_dim("indices", indices);
   params.indices = {indices.const_data_ptr<int32_t>(), indices.stride(0), indices.stride(1), 0};
   params.num_entries = indices.size(2);
@@ -83,7 +83,7 @@ inline void fill_layers(const Checker& check, const std::vector<Tensor>& k_cache
   const size_t layers = k_cache.size();
   check.require(layers > 0, "k_cache", "hold at least one layer", "none");
   check.require(v_cache.size() == layers, "v_cache", "have as many layers as `k_cache`",
-                std::to_string(v_cache.size()) + " beside " + std::to_string(layers));
+                Beside{static_cast<int64_t>(v_cache.size()), static_cast<int64_t>(layers)});
   views.resize(2 * layers);
   for (size_t i = 0; i < layers; ++i) {
     const std::string number = layers == 1 ? "" : "[" + std::to_string(i) + "]";
@@ -93,8 +93,8 @@ inline void fill_layers(const Checker& check, const std::vector<Tensor>& k_cache
     check.dtype(k_name.c_str(), k, first.scalar_type());
     fill_kv_rows(check, k_name.c_str(), k, v_name.c_str(), v, batch, seqused_k, page_table, params);
     const auto like_first = [&](const std::string& name, const Tensor& cache, const Tensor& other) {
-      check.require(to_text(cache.sizes()) == to_text(other.sizes()), name.c_str(),
-                    "have the shape of the first layer", to_text(cache.sizes()));
+      check.require(cache.sizes() == other.sizes(), name.c_str(),
+                    "have the shape of the first layer", cache.sizes());
     };
     like_first(k_name, k, first);
     like_first(v_name, v, v_cache[0]);

@@ -13,7 +13,7 @@ void fill_values(const Checker& check, const Tensor& k, const Tensor& v, Params&
   check.dtype("v", v, k.scalar_type());
   check.shape("v", v, "[batch, num_kv_heads, seqlen_k, head_dim_v]",
               {k.size(0), k.size(1), k.size(2), kAnySize});
-  check.require(v.size(3) > 0, "v", "have a head_dim_v of at least 1", to_text(v.sizes()));
+  check.require(v.size(3) > 0, "v", "have a head_dim_v of at least 1", v.sizes());
   check.contiguous_last_dim("v", v);
   params.v = view_of(v);
   params.head_dim_v = v.size(3);
@@ -66,10 +66,10 @@ inline void check_initial_state(const Checker& check, const OptionalTensor& init
 // so, and whoever joins the heads again copies nothing.
 inline Tensor new_rows(const Tensor& q, int64_t dim, ScalarType dtype) {
   if (q.size(1) == 1 || q.stride(1) >= q.stride(2)) {
-    return torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2), dim}, dtype);
+    return new_tensor(q, {q.size(0), q.size(1), q.size(2), dim}, dtype);
   }
-  return torch::stable::transpose(
-      torch::stable::new_empty(q, {q.size(0), q.size(2), q.size(1), dim}, dtype), 1, 2);
+  return torch::stable::transpose(new_tensor(q, {q.size(0), q.size(2), q.size(1), dim}, dtype), 1,
+                                  2);
 }
 
 template <void (*run)(const LinearAttentionParams&)>
@@ -85,15 +85,14 @@ std::tuple<Tensor, Tensor> linear_attention(const Tensor& q, const Tensor& k, co
   fill_values(check, k, v, params);
   check.require(!causal || q.size(2) == k.size(2), "k",
                 "be as long as `q` when `causal` (a key for every row)",
-                std::to_string(k.size(2)) + " beside " + std::to_string(q.size(2)));
+                Beside{k.size(2), q.size(2)});
   params.log_decay = check_log_decay(check, log_decay, k, params.num_q_heads);
   if (params.log_decay.per_token && q.size(2) != k.size(2)) {
     check.fail("log_decay", "be [num_q_heads] when `q` and `k` differ in length",
-               to_text(log_decay->sizes()));
+               log_decay->sizes());
   }
   check.require(!cu_seqlens || q.size(2) == k.size(2), "k",
-                "be as long as `q` when sequences are packed",
-                std::to_string(k.size(2)) + " beside " + std::to_string(q.size(2)));
+                "be as long as `q` when sequences are packed", Beside{k.size(2), q.size(2)});
   params.seqs = sequences(check, "q", q, cu_seqlens);
   params.seqs.seqlen_q = q.size(2);
   params.seqs.seqlen_k = k.size(2);
@@ -118,9 +117,9 @@ std::tuple<Tensor, Tensor> linear_attention(const Tensor& q, const Tensor& k, co
   const OptionalTensor initial = contiguous(initial_state);
   params.initial_state = data_of(initial);
   const Tensor out = new_rows(q, v.size(3), wide_out ? state_type(params.dtype) : q.scalar_type());
-  const Tensor final_state = torch::stable::new_empty(
-      q, {params.seqs.num_seqs, params.num_q_heads, params.head_dim, params.state_dim()},
-      state_type(params.dtype));
+  const Tensor final_state =
+      new_tensor(q, {params.seqs.num_seqs, params.num_q_heads, params.head_dim, params.state_dim()},
+                 state_type(params.dtype));
   params.out = view_of(out);
   params.final_state = final_state.mutable_data_ptr();
   run(params);

@@ -13,7 +13,7 @@ Tensor linear_attention_decode(const Tensor& q, const Tensor& k, const Tensor& v
   LinearAttentionDecodeParams params;
   fill_query_key(check, q, k, params);
   check.require(q.size(2) == k.size(2), "k", "be as long as `q` (a key for every token)",
-                std::to_string(k.size(2)) + " beside " + std::to_string(q.size(2)));
+                Beside{k.size(2), q.size(2)});
   fill_values(check, k, v, params);
   params.log_decay = check_log_decay(check, log_decay, k, params.num_q_heads);
   params.normalize = normalize;
@@ -47,7 +47,7 @@ Tensor linear_attention_decode(const Tensor& q, const Tensor& k, const Tensor& v
 
   const OptionalTensor decay = contiguous(log_decay);
   params.log_decay.data = data_of(decay);
-  const Tensor out = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2), v.size(3)});
+  const Tensor out = new_tensor(q, {q.size(0), q.size(1), q.size(2), v.size(3)});
   params.out = view_of(out);
   run(params);
   return out;

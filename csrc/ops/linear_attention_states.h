@@ -13,8 +13,8 @@ Tensor linear_attention_states(const Tensor& k, const Tensor& v, const OptionalT
   params.dtype = check.floating("k", k);
   check.shape("k", k, "[batch, num_kv_heads, seqlen, head_dim]",
               {kAnySize, kAnySize, kAnySize, kAnySize});
-  check.require(k.size(1) > 0, "k", "have at least one head", to_text(k.sizes()));
-  check.require(k.size(3) > 0, "k", "have a head_dim of at least 1", to_text(k.sizes()));
+  check.require(k.size(1) > 0, "k", "have at least one head", k.sizes());
+  check.require(k.size(3) > 0, "k", "have a head_dim of at least 1", k.sizes());
   check.contiguous_last_dim("k", k);
   params.k = view_of(k);
   params.num_kv_heads = k.size(1);
@@ -30,7 +30,7 @@ Tensor linear_attention_states(const Tensor& k, const Tensor& v, const OptionalT
     params.num_q_heads = tensor->size(dim);
     check.require(params.num_q_heads > 0 && params.num_q_heads % k.size(1) == 0, name,
                   "have a number of heads that is a multiple of that of `k`",
-                  std::to_string(params.num_q_heads) + " beside " + std::to_string(k.size(1)));
+                  Beside{params.num_q_heads, k.size(1)});
     return true;
   };
   if (!take_heads("log_decay", log_decay, log_decay && log_decay->dim() == 3 ? 1 : 0)) {
@@ -48,7 +48,7 @@ Tensor linear_attention_states(const Tensor& k, const Tensor& v, const OptionalT
   // Packed: every sequence may end with one partial chunk.
   params.num_chunks =
       (k.size(2) + kLinearChunk - 1) / kLinearChunk + (cu_seqlens ? params.seqs.num_seqs : 0);
-  const Tensor states = torch::stable::new_empty(
+  const Tensor states = new_tensor(
       k, {k.size(0), params.num_q_heads, params.num_chunks, params.head_dim, params.state_dim()},
       state_type(params.dtype));
   params.chunk_states = states.mutable_data_ptr();

@@ -14,7 +14,7 @@ std::tuple<Tensor, Tensor> merge_states(const Tensor& out, const Tensor& lse,
       params.dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float;
   check.shape("out", out, "[num_states, batch, heads, seqlen, dim]",
               {kAnySize, kAnySize, kAnySize, kAnySize, kAnySize});
-  check.require(out.size(0) > 0, "out", "hold at least one state", to_text(out.sizes()));
+  check.require(out.size(0) > 0, "out", "hold at least one state", out.sizes());
   const auto check_lse = [&](const char* name, const Tensor& tensor) {
     check.same_device(name, tensor, out);
     check.dtype(name, tensor, lse_type);
@@ -27,9 +27,8 @@ std::tuple<Tensor, Tensor> merge_states(const Tensor& out, const Tensor& lse,
   const Tensor states = torch::stable::contiguous(out);
   const Tensor states_lse = torch::stable::contiguous(lse);
   const Tensor weights = torch::stable::contiguous(lse_override.value_or(lse));
-  const Tensor merged_out =
-      torch::stable::new_empty(out, {out.size(1), out.size(2), out.size(3), out.size(4)});
-  const Tensor merged_lse = torch::stable::new_empty(lse, {out.size(1), out.size(2), out.size(3)});
+  const Tensor merged_out = new_tensor(out, {out.size(1), out.size(2), out.size(3), out.size(4)});
+  const Tensor merged_lse = new_tensor(lse, {out.size(1), out.size(2), out.size(3)});
 
   params.num_states = out.size(0);
   params.rows = out.size(1) * out.size(2) * out.size(3);

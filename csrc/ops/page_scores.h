@@ -17,8 +17,8 @@ Tensor page_scores(const Tensor& q, const Tensor& summary, const Name& method,
   params.dtype = check.floating("q", q);
   check.shape("q", q, "[batch, num_q_heads, seqlen_q, head_dim]",
               {kAnySize, kAnySize, kAnySize, kAnySize});
-  check.require(q.size(1) > 0, "q", "have at least one head", to_text(q.sizes()));
-  check.require(q.size(3) > 0, "q", "have a head_dim of at least 1", to_text(q.sizes()));
+  check.require(q.size(1) > 0, "q", "have at least one head", q.sizes());
+  check.require(q.size(3) > 0, "q", "have a head_dim of at least 1", q.sizes());
   check.contiguous_last_dim("q", q);
   params.minmax = enum_named<bool>(check, "method", method, kMethods, "be 'minmax' or 'dot'");
   check.same_device("summary", summary, q);
@@ -27,7 +27,7 @@ Tensor page_scores(const Tensor& q, const Tensor& summary, const Name& method,
     check.shape("summary", summary, "[batch, heads, num_pages, 2, head_dim]",
                 {q.size(0), kAnySize, kAnySize, 2, q.size(3)});
     check.require(summary.stride(3) == q.size(3), "summary", "be contiguous in its last two dims",
-                  "strides " + to_text(summary.strides()));
+                  Strides{summary});
   } else {
     check.shape("summary", summary, "[batch, heads, num_pages, head_dim]",
                 {q.size(0), kAnySize, kAnySize, q.size(3)});
@@ -35,7 +35,7 @@ Tensor page_scores(const Tensor& q, const Tensor& summary, const Name& method,
   check.contiguous_last_dim("summary", summary);
   check.require(summary.size(1) > 0 && q.size(1) % summary.size(1) == 0, "summary",
                 "have a number of heads that divides the number of heads of `q`",
-                std::to_string(summary.size(1)) + " beside " + std::to_string(q.size(1)));
+                Beside{summary.size(1), q.size(1)});
   params.batch = q.size(0);
   params.seqlen_q = q.size(2);
   params.q = view_of(q);

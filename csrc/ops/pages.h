@@ -14,7 +14,7 @@ inline int64_t fill_pages(const Checker& check, const Tensor& first, int64_t bat
   check.dtype("page_table", page_table, ScalarType::Int);
   check.shape("page_table", page_table, "[batch, max_pages]", {batch, kAnySize});
   check.contiguous("page_table", page_table);
-  check.require(k.size(2) > 0, "k", "have a page_size of at least 1", to_text(k.sizes()));
+  check.require(k.size(2) > 0, "k", "have a page_size of at least 1", k.sizes());
   pages = {page_table.const_data_ptr<int32_t>(), page_table.size(1), k.size(0), k.size(2)};
   return pages.max_pages * pages.page_size;
 }

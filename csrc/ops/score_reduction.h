@@ -24,7 +24,7 @@ inline Tensor new_scores(const Tensor& q, HeadReduce head_reduce, QueryReduce qu
                         : head_reduce == HeadReduce::kAllSum ? 1
                                                              : key_heads;
   const int64_t rows = query_reduce == QueryReduce::kNone ? q.size(2) : 1;
-  return torch::stable::new_empty(q, {q.size(0), heads, rows, num_scores}, ScalarType::Float);
+  return new_tensor(q, {q.size(0), heads, rows, num_scores}, ScalarType::Float);
 }
 
 }  // namespace longctx

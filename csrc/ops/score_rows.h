@@ -15,14 +15,14 @@ inline ScoreRows score_rows(const Checker& check, const Tensor& scores,
   check.require(scores.scalar_type() == ScalarType::Float ||
                     scores.scalar_type() == ScalarType::BFloat16 ||
                     scores.scalar_type() == ScalarType::Half,
-                "scores", "have dtype float32, bfloat16 or float16", to_text(scores.scalar_type()));
+                "scores", "have dtype float32, bfloat16 or float16", scores.scalar_type());
   rows.dtype = check.floating("scores", scores);
   check.require(scores.dim() >= 1 && scores.dim() <= kMaxRowDims + 1, "scores",
-                "have shape [..., n], of 1 to 9 dims", to_text(scores.sizes()));
+                "have shape [..., n], of 1 to 9 dims", scores.sizes());
   rows.num_dims = static_cast<int>(scores.dim()) - 1;
   rows.n = scores.size(rows.num_dims);
   check.require(rows.n <= std::numeric_limits<int32_t>::max(), "scores",
-                "have indices that fit int32", to_text(scores.sizes()));
+                "have indices that fit int32", scores.sizes());
   check.contiguous_last_dim("scores", scores);
   rows.num_rows = 1;
   for (int dim = 0; dim < rows.num_dims; ++dim) {
@@ -40,7 +40,7 @@ inline ScoreRows score_rows(const Checker& check, const Tensor& scores,
     if (!same) {
       check.fail("lengths",
                  "have the shape of `scores` without its last dim, of " + to_text(scores.sizes()),
-                 to_text(lengths->sizes()));
+                 lengths->sizes());
     }
     rows.lengths = lengths->const_data_ptr<int32_t>();
   }
@@ -64,9 +64,9 @@ inline std::tuple<Tensor, Tensor> new_index_rows(const Tensor& scores, int64_t c
   const auto sizes = scores.sizes();
   std::vector<int64_t> shape(sizes.begin(), sizes.end());
   shape.back() = capacity;
-  const Tensor indices = torch::stable::new_empty(scores, shape, ScalarType::Int);
+  const Tensor indices = new_tensor(scores, shape, ScalarType::Int);
   shape.pop_back();
-  return {indices, torch::stable::new_empty(scores, shape, ScalarType::Int)};
+  return {indices, new_tensor(scores, shape, ScalarType::Int)};
 }
 
 inline OptionalTensor contiguous_or_none(const OptionalTensor& tensor) {

@@ -33,7 +33,7 @@ std::tuple<Tensor, Tensor> select_blocks(
   check.shape("scores", scores, "[batch, heads, num_q_blocks, num_k_blocks]",
               {kAnySize, kAnySize, kAnySize, kAnySize});
   check.require(scores.size(3) <= std::numeric_limits<int32_t>::max(), "scores",
-                "have block numbers that fit int32", to_text(scores.sizes()));
+                "have block numbers that fit int32", scores.sizes());
   check.contiguous_last_dim("scores", scores);
 
   SelectBlocksParams params;
@@ -71,9 +71,9 @@ std::tuple<Tensor, Tensor> select_blocks(
   params.scores_row_stride = scores.stride(2);
   params.heads = scores.size(1);
   params.capacity = scores.size(0) * scores.size(1) * scores.size(2) * params.max_blocks_per_row;
-  const Tensor indptr = torch::stable::new_empty(
-      scores, {scores.size(0), scores.size(1), scores.size(2) + 1}, ScalarType::Long);
-  const Tensor indices = torch::stable::new_empty(scores, {params.capacity}, ScalarType::Int);
+  const Tensor indptr =
+      new_tensor(scores, {scores.size(0), scores.size(1), scores.size(2) + 1}, ScalarType::Long);
+  const Tensor indices = new_tensor(scores, {params.capacity}, ScalarType::Int);
   params.block_indptr = indptr.mutable_data_ptr<int64_t>();
   params.block_indices = indices.mutable_data_ptr<int32_t>();
   run(params);

@@ -30,8 +30,8 @@ inline SummarizePagesParams summary_params(const Checker& check, const Tensor& k
               in_pages ? "[num_pages, num_kv_heads, page_size, head_dim]"
                        : "[batch, num_kv_heads, seqlen_k, head_dim]",
               {kAnySize, kAnySize, kAnySize, kAnySize});
-  check.require(k.size(1) > 0, "k", "have at least one head", to_text(k.sizes()));
-  check.require(k.size(3) > 0, "k", "have a head_dim of at least 1", to_text(k.sizes()));
+  check.require(k.size(1) > 0, "k", "have at least one head", k.sizes());
+  check.require(k.size(3) > 0, "k", "have a head_dim of at least 1", k.sizes());
   check.contiguous_last_dim("k", k);
   params.method = enum_named<SummaryMethod>(check, "method", options.method, kMethods,
                                             "be 'minmax', 'mean', 'representative' or 'pooled'");
@@ -62,7 +62,7 @@ inline SummarizePagesParams summary_params(const Checker& check, const Tensor& k
   const auto heads_of = [&](const char* name, const Tensor& tensor) {
     check.require(tensor.size(1) > 0 && tensor.size(1) % k.size(1) == 0, name,
                   "have a number of heads that is a multiple of that of `k`",
-                  std::to_string(tensor.size(1)) + " beside " + std::to_string(k.size(1)));
+                  Beside{tensor.size(1), k.size(1)});
     params.heads = tensor.size(1);
   };
   check.require(options.key_scores.has_value() == by_score, "key_scores",
@@ -112,8 +112,8 @@ Tensor summarize_pages(const Tensor& k, int64_t page_size, const Name& method,
   const int64_t batch = params.seqs.batch;
   const Tensor summary =
       params.method == SummaryMethod::kMinMax
-          ? torch::stable::new_empty(k, {batch, params.heads, params.num_pages, 2, params.head_dim})
-          : torch::stable::new_empty(k, {batch, params.heads, params.num_pages, params.head_dim});
+          ? new_tensor(k, {batch, params.heads, params.num_pages, 2, params.head_dim})
+          : new_tensor(k, {batch, params.heads, params.num_pages, params.head_dim});
   params.summary = view_of(summary);
   run(params);
   return summary;
@@ -129,7 +129,7 @@ inline TensorView summary_view(const Checker& check, const Tensor& summary, cons
     check.shape("summary", summary, "[batch, heads, num_pages, 2, head_dim]",
                 {params.seqs.batch, params.heads, kAnySize, 2, params.head_dim});
     check.require(summary.stride(3) == params.head_dim, "summary",
-                  "be contiguous in its last two dims", "strides " + to_text(summary.strides()));
+                  "be contiguous in its last two dims", Strides{summary});
   } else {
     check.shape("summary", summary, "[batch, heads, num_pages, head_dim]",
                 {params.seqs.batch, params.heads, kAnySize, params.head_dim});

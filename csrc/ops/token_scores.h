@@ -30,18 +30,18 @@ Tensor token_scores(const Tensor& q, const Tensor& k, const Name& head_reduce,
                 {q.size(0), kAnySize, kAnySize, kAnySize});
     const int64_t heads = candidates->size(1), rows = candidates->size(2);
     check.require(heads == 1 || heads == k.size(1) || heads == q.size(1), "candidates",
-                  "have 1, num_kv_heads or num_q_heads heads", to_text(candidates->sizes()));
+                  "have 1, num_kv_heads or num_q_heads heads", candidates->sizes());
     check.require(rows == 1 || rows == q.size(2), "candidates", "have 1 or seqlen_q rows",
-                  to_text(candidates->sizes()));
+                  candidates->sizes());
     check.contiguous_last_dim("candidates", *candidates);
     // What is reduced must be scores of the same keys.
     check.require(params.query_reduce == QueryReduce::kNone || rows == 1, "candidates",
-                  "have one row where `query_reduce` joins tokens", to_text(candidates->sizes()));
+                  "have one row where `query_reduce` joins tokens", candidates->sizes());
     check.require(params.head_reduce != HeadReduce::kAllSum || heads == 1, "candidates",
-                  "have one head where `head_reduce` is 'all_sum'", to_text(candidates->sizes()));
+                  "have one head where `head_reduce` is 'all_sum'", candidates->sizes());
     check.require(params.head_reduce == HeadReduce::kNone || heads <= k.size(1), "candidates",
                   "have 1 or num_kv_heads heads where `head_reduce` joins the heads of a group",
-                  to_text(candidates->sizes()));
+                  candidates->sizes());
     params.candidates = rows_of<int32_t>(*candidates);
     params.candidate_heads = heads;
     params.candidate_rows = rows;

@@ -37,7 +37,7 @@ Tensor truncate_kv(std::vector<Tensor> k_cache, std::vector<Tensor> v_cache,
     params.counts = {counts->const_data_ptr<int32_t>(), counts->stride(0), 0, 0};
   }
 
-  const Tensor lengths = torch::stable::new_empty(seqused_k, {batch});
+  const Tensor lengths = new_tensor(seqused_k, {batch});
   params.lengths = lengths.mutable_data_ptr<int32_t>();
   run(params);
   return lengths;

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from longctx.ops._call import call
 from longctx.ops._linear_decay_gradient import decay_gradient, inner_products
 
 MAX_SLICES = 8  # of heads, one after the other: bounds the float32 rows and the states behind a decay's gradient
@@ -59,7 +60,7 @@ class Sweep:
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, state: Tensor | None = None, *, reverse: bool = False, wide: bool = False
     ) -> tuple[Tensor, Tensor]:
-        result: tuple[Tensor, Tensor] = torch.ops.longctx.linear_attention(
+        result: tuple[Tensor, Tensor] = call(torch.ops.longctx.linear_attention,
             q, k, v, self.log_decay, state, self.cu_seqlens, self.scale, self.causal, False, 0.0, self.num_segments,
             reverse, wide,
         )  # fmt: skip

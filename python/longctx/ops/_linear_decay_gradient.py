@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from longctx.ops._call import call
 from longctx.ops._linear import CHUNK_SIZE
 
 Factors = tuple[Tensor, Tensor, Tensor | None]  # of a state: keys, values and where it starts
@@ -36,9 +37,9 @@ def decay_gradient(
     seqlen]` is what every token adds to the gradients of decays up to its own.
     """
     keys, values, start = forwards
-    states = torch.ops.longctx.linear_attention_states(keys, values, log_decay, start, cu_seqlens, False, False)
+    states = call(torch.ops.longctx.linear_attention_states, keys, values, log_decay, start, cu_seqlens, False, False)
     keys, values, end = backwards
-    gradients = torch.ops.longctx.linear_attention_states(keys, values, log_decay, end, cu_seqlens, False, True)
+    gradients = call(torch.ops.longctx.linear_attention_states, keys, values, log_decay, end, cu_seqlens, False, True)
     # Between two chunks: the state there and its gradient.
     between = (states[:, :, :-1] * gradients[:, :, 1:]).sum((3, 4))
     if cu_seqlens is None:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from longctx.ops import _validate
+from longctx.ops._call import call
 from longctx.ops._register import register_op
 
 
@@ -83,7 +84,8 @@ def attention(
     """
     if validate:
         _validate.sequences("attention", q, k, key_ranges, cu_seqlens_q, cu_seqlens_k, seqused_k)
-    result: tuple[Tensor, Tensor] = torch.ops.longctx.attention(
+    result: tuple[Tensor, Tensor] = call(
+        torch.ops.longctx.attention,
         q,
         k,
         v,

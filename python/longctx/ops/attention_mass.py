@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from longctx.ops import _validate
+from longctx.ops._call import call
 from longctx.ops._register import register_op
 from longctx.ops.attention import attention
 
@@ -110,7 +111,8 @@ def attention_mass(  # type: ignore[misc]
             seqused_k=seqused_k,
             page_table=page_table,
         )
-    masses: tuple[Tensor, Tensor] = torch.ops.longctx.attention_mass(
+    masses: tuple[Tensor, Tensor] = call(
+        torch.ops.longctx.attention_mass,
         q,
         k,
         lse,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from longctx.ops import _validate
+from longctx.ops._call import call
 from longctx.ops._register import register_op
 
 
@@ -83,7 +84,8 @@ def block_scores(
     """
     if validate:
         _validate.sequences("block_scores", q, k, None, cu_seqlens_q, cu_seqlens_k, seqused_k)
-    scores: Tensor = torch.ops.longctx.block_scores(
+    scores: Tensor = call(
+        torch.ops.longctx.block_scores,
         q,
         k,
         block_size_q,

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from longctx.ops import _validate
+from longctx.ops._call import call
 from longctx.ops._register import register_op
 from longctx.ops.attention import empty_outputs
 
@@ -78,7 +79,8 @@ def block_sparse_attention(
         op = "block_sparse_attention"
         _validate.sequences(op, q, k, key_ranges, cu_seqlens_q, cu_seqlens_k, seqused_k)
         _validate.block_list(op, block_indptr, block_indices, -(-k.shape[2] // block_size_k))
-    result: tuple[Tensor, Tensor] = torch.ops.longctx.block_sparse_attention(
+    result: tuple[Tensor, Tensor] = call(
+        torch.ops.longctx.block_sparse_attention,
         q,
         k,
         v,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from longctx.ops import _validate
+from longctx.ops._call import call
 from longctx.ops._register import register_op
 from longctx.ops.attention import empty_outputs
 
@@ -129,7 +130,8 @@ def gather_attention(
             _validate.positions("gather_attention", used, k_positions, q_positions, num_positions)
             keys = _validate.keys_of_entries(indices, counts, used, block_size_k)
             _validate.key_positions("gather_attention", k_positions, keys, k_position_step, num_positions)
-    out, lse, key_mass, block_out, block_lse = torch.ops.longctx.gather_attention(
+    out, lse, key_mass, block_out, block_lse = call(
+        torch.ops.longctx.gather_attention,
         q,
         k,
         v,

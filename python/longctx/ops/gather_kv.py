@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from longctx.ops import _validate
+from longctx.ops._call import call
 from longctx.ops._kv_rows import list_ends
 from longctx.ops._register import register_op
 
@@ -58,7 +59,7 @@ def gather_kv(
     if validate:
         ends = list_ends("gather_kv", k, indices.shape[0], seqused_k, page_table)
         _validate.key_lists("gather_kv", "indices", indices, counts, ends[:, None], ascending=False)
-    result: tuple[Tensor, Tensor] = torch.ops.longctx.gather_kv(k, v, indices, counts, seqused_k, page_table)
+    result: tuple[Tensor, Tensor] = call(torch.ops.longctx.gather_kv, k, v, indices, counts, seqused_k, page_table)
     return result
 
 

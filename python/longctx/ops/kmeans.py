@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from longctx.ops import _validate
+from longctx.ops._call import call
 from longctx.ops._register import register_op
 
 
@@ -84,8 +85,8 @@ def kmeans(
     if validate:
         _validate.lengths("kmeans", "lengths", lengths, keys.shape[2])
         _validate.counts("kmeans", "counts", counts, torch.iinfo(torch.int32).max)
-    result: tuple[Tensor, Tensor, Tensor] = torch.ops.longctx.kmeans(
-        keys, num_clusters, num_iters, seed, metric, counts, lengths
+    result: tuple[Tensor, Tensor, Tensor] = call(
+        torch.ops.longctx.kmeans, keys, num_clusters, num_iters, seed, metric, counts, lengths
     )
     return result
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from longctx.ops import _linear_backward, _validate
+from longctx.ops._call import call
 from longctx.ops._linear import state_dtype
 from longctx.ops._register import register_op
 
@@ -93,8 +94,21 @@ def linear_attention(
     if validate:
         _validate.decays("linear_attention", "log_decay", log_decay)
         _validate.offsets("linear_attention", "cu_seqlens", cu_seqlens, k.shape[2])
-    result: tuple[Tensor, Tensor] = torch.ops.longctx.linear_attention(
-        q, k, v, log_decay, initial_state, cu_seqlens, scale, causal, normalize, eps, num_segments, reverse, wide_out
+    result: tuple[Tensor, Tensor] = call(
+        torch.ops.longctx.linear_attention,
+        q,
+        k,
+        v,
+        log_decay,
+        initial_state,
+        cu_seqlens,
+        scale,
+        causal,
+        normalize,
+        eps,
+        num_segments,
+        reverse,
+        wide_out,
     )
     return result
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from longctx.ops import _validate
+from longctx.ops._call import call
 from longctx.ops._linear import CHUNK_SIZE, state_dtype
 from longctx.ops._register import register_op
 
@@ -69,8 +70,8 @@ def linear_attention_states(
     if validate:
         _validate.decays("linear_attention_states", "log_decay", log_decay)
         _validate.offsets("linear_attention_states", "cu_seqlens", cu_seqlens, k.shape[2])
-    result: Tensor = torch.ops.longctx.linear_attention_states(
-        k, v, log_decay, initial_state, cu_seqlens, normalize, reverse
+    result: Tensor = call(
+        torch.ops.longctx.linear_attention_states, k, v, log_decay, initial_state, cu_seqlens, normalize, reverse
     )
     return result
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from longctx.ops._call import call
 from longctx.ops._register import register_op
 
 
@@ -41,7 +42,7 @@ def merge_states(out: Tensor, lse: Tensor, lse_override: Tensor | None = None) -
         >>> torch.allclose(out, longctx.attention(q, k, v, causal=False)[0], atol=1e-5)
         True
     """
-    result: tuple[Tensor, Tensor] = torch.ops.longctx.merge_states(out, lse, lse_override)
+    result: tuple[Tensor, Tensor] = call(torch.ops.longctx.merge_states, out, lse, lse_override)
     return result
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from longctx.ops import _validate
+from longctx.ops._call import call
 from longctx.ops._register import register_op
 
 HeadReduce = Literal["none", "group_mean", "group_max", "group_sum", "all_sum"]
@@ -85,8 +86,18 @@ def page_scores(
         _validate.lengths("page_scores", "seqused_k", seqused_k, summary.shape[2] * (page_size or 1))
         if counts is not None and counts.numel() > 0 and int(counts.min()) < 0:
             raise ValueError(f"longctx::page_scores: `counts` must not be negative; got {int(counts.min())}")
-    result: Tensor = torch.ops.longctx.page_scores(
-        q, summary, method, head_reduce, query_reduce, softmax, counts, softmax_scale, seqused_k, page_size
+    result: Tensor = call(
+        torch.ops.longctx.page_scores,
+        q,
+        summary,
+        method,
+        head_reduce,
+        query_reduce,
+        softmax,
+        counts,
+        softmax_scale,
+        seqused_k,
+        page_size,
     )
     return result
 

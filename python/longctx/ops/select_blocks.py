@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from longctx.ops import _validate
+from longctx.ops._call import call
 from longctx.ops._register import register_op
 
 
@@ -105,7 +106,8 @@ def select_blocks(
         if value.device != scores.device:
             raise ValueError(f"longctx::select_blocks: `value` must be on {scores.device}; got {value.device}")
         head_values, value = value.to(torch.float32).contiguous(), 0.0
-    blocks: tuple[Tensor, Tensor] = torch.ops.longctx.select_blocks(
+    blocks: tuple[Tensor, Tensor] = call(
+        torch.ops.longctx.select_blocks,
         scores,
         method,
         float(value),

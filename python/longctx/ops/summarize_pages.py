@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from longctx.ops import _validate
+from longctx.ops._call import call
 from longctx.ops._register import register_op
 
 SummaryMethod = Literal["minmax", "mean", "representative", "pooled"]
@@ -80,8 +81,17 @@ def summarize_pages(
     """
     if validate:
         check_values("summarize_pages", k, seqused_k, page_table)
-    result: Tensor = torch.ops.longctx.summarize_pages(
-        k, page_size, method, key_scores, num_representative, queries, softmax_scale, seqused_k, page_table
+    result: Tensor = call(
+        torch.ops.longctx.summarize_pages,
+        k,
+        page_size,
+        method,
+        key_scores,
+        num_representative,
+        queries,
+        softmax_scale,
+        seqused_k,
+        page_table,
     )
     return result
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from longctx.ops import _validate
+from longctx.ops._call import call
 from longctx.ops._register import register_op
 
 
@@ -77,8 +78,8 @@ def threshold_select(
     """
     if validate:
         _validate.lengths("threshold_select", "lengths", lengths, scores.shape[-1])
-    result: tuple[Tensor, Tensor] = torch.ops.longctx.threshold_select(
-        scores, float(value), max_k, method, lengths, num_first, num_last
+    result: tuple[Tensor, Tensor] = call(
+        torch.ops.longctx.threshold_select, scores, float(value), max_k, method, lengths, num_first, num_last
     )
     return result
 

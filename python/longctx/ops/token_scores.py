@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from longctx.ops import _validate
+from longctx.ops._call import call
 from longctx.ops._register import register_op
 from longctx.ops.page_scores import HeadReduce, QueryReduce, empty_scores
 
@@ -73,8 +74,17 @@ def token_scores(
         _validate.pages("token_scores", page_table, seqused_k, k)
         if candidates is not None:
             _validate.candidates("token_scores", candidates, seqlen_k)
-    result: Tensor = torch.ops.longctx.token_scores(
-        q, k, head_reduce, query_reduce, candidates, softmax_scale, softcap, seqused_k, page_table
+    result: Tensor = call(
+        torch.ops.longctx.token_scores,
+        q,
+        k,
+        head_reduce,
+        query_reduce,
+        candidates,
+        softmax_scale,
+        softcap,
+        seqused_k,
+        page_table,
     )
     return result
 

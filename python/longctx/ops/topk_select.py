@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from longctx.ops import _validate
+from longctx.ops._call import call
 from longctx.ops._register import register_op
 
 
@@ -65,7 +66,7 @@ def topk_select(
     """
     if validate:
         _validate.lengths("topk_select", "lengths", lengths, scores.shape[-1])
-    result: tuple[Tensor, Tensor] = torch.ops.longctx.topk_select(scores, k, lengths, num_first, num_last)
+    result: tuple[Tensor, Tensor] = call(torch.ops.longctx.topk_select, scores, k, lengths, num_first, num_last)
     return result
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from longctx.ops._call import call
 from longctx.ops._register import register_op
 from longctx.ops.summarize_pages import SummaryMethod, check_values
 
@@ -69,7 +70,8 @@ def update_pages(
     if isinstance(start, Tensor) and start.device != summary.device:
         raise ValueError(f"longctx::update_pages: `start` must be on {summary.device}; got {start.device}")
     first, starts = (0, start) if isinstance(start, Tensor) else (start, None)
-    torch.ops.longctx.update_pages(
+    call(
+        torch.ops.longctx.update_pages,
         summary,
         k,
         first,
