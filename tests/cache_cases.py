@@ -72,6 +72,24 @@ def decode(model: PreTrainedModel, input_ids: Tensor, cache: object, num_prompt:
 
 
 @torch.no_grad()
+def defined_run(
+    input_ids: Tensor,
+    attention: Callable[[Tensor, Tensor, Tensor, float], Tensor],
+    *,
+    name: str = "llama",
+    **options: Any,
+) -> Tensor:
+    """Logits of all tokens, of one run whose attention is `attention(q, k, v, scale)` over the whole text."""
+
+    def registered(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, _: object, scaling: float, **__: object) -> Any:
+        return attention(q, k, v, scaling).transpose(1, 2).contiguous(), None
+
+    AttentionInterface.register("defined", registered)
+    AttentionMaskInterface.register("defined", lambda *_, **__: None)
+    result: Tensor = tiny(name, attn_implementation="defined", **options)(input_ids).logits
+    return result
+
+
 def masked_run(
     input_ids: Tensor, num_prompt: int, visible: Callable[[Tensor, Tensor], Tensor], *, name: str = "llama"
 ) -> Tensor:
@@ -80,19 +98,24 @@ def masked_run(
     `visible(q, k)` gives the mask [batch, num_q_heads, seqlen, seqlen] of a layer, which counts below the prompt.
     """
 
-    def attention(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, _: object, scaling: float, **__: object) -> Any:
+    def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         length, group = q.shape[2], q.shape[1] // k.shape[1]
         mask = visible(q, k)
         mask[:, :, :num_prompt] = True
         mask &= torch.ones(length, length, dtype=torch.bool).tril()
-        scores = q @ k.repeat_interleave(group, 1).transpose(2, 3) * scaling
+        scores = q @ k.repeat_interleave(group, 1).transpose(2, 3) * scale
         weights = scores.masked_fill(~mask, float("-inf")).softmax(-1)
-        return (weights @ v.repeat_interleave(group, 1)).transpose(1, 2).contiguous(), None
+        return weights @ v.repeat_interleave(group, 1)
 
-    AttentionInterface.register("masked", attention)
-    AttentionMaskInterface.register("masked", lambda *_, **__: None)
-    model = tiny(name, attn_implementation="masked")
-    return model(input_ids).logits[:, num_prompt - 1 :]
+    return defined_run(input_ids, attention, name=name)[:, num_prompt - 1 :]
+
+
+def turned(x: Tensor, positions: Tensor, inv_freq: Tensor) -> Tensor:
+    """`x` [..., n, dim], moved by so many positions [..., n]: pairs (d, d + dim / 2) as complex numbers."""
+    half = x.shape[-1] // 2
+    pairs = torch.complex(x[..., :half].double(), x[..., half:].double())
+    pairs = pairs * torch.polar(torch.ones(()).double(), positions.double()[..., None] * inv_freq.double())
+    return torch.cat([pairs.real, pairs.imag], dim=-1).to(x.dtype)
 
 
 def mass(q: Tensor, k: Tensor, row: int) -> Tensor:

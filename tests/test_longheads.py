@@ -3,31 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from torch import Tensor
 
-from cache_cases import CLOSE, decode, logits, ours
+from cache_cases import CLOSE, decode, defined_run, logits, ours, turned
 from longctx.cache import LongHeadsCache, load
 from longctx.integrations.transformers import find_rope
-from transformers_models import padding, tiny, tokens
+from transformers_models import padding, tokens
 
 pytestmark = [
     pytest.mark.runs_on("cpu", reason="caches are Python over ops that are tested everywhere"),
     pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning"),
 ]
 PROMPT, LENGTH, CHUNK, CHUNKS = 43, 62, 5, 4
-
-
-def turned(x: Tensor, positions: Tensor, inv_freq: Tensor) -> Tensor:
-    """`x` [..., n, dim], moved by so many positions: pairs (d, d + dim / 2) as complex numbers."""
-    half = x.shape[-1] // 2
-    pairs = torch.complex(x[..., :half].double(), x[..., half:].double())
-    pairs = pairs * torch.polar(torch.ones(()).double(), positions.double()[:, None] * inv_freq.double())
-    return torch.cat([pairs.real, pairs.imag], dim=-1).to(x.dtype)
 
 
 def longheads(q: Tensor, k: Tensor, v: Tensor, scale: float, inv_freq: Tensor) -> Tensor:
@@ -61,14 +51,8 @@ def longheads(q: Tensor, k: Tensor, v: Tensor, scale: float, inv_freq: Tensor) -
 def test_heads_read_the_chunks_they_choose(tmp_path: Path) -> None:
     model = ours()
     inv_freq = model.model.rotary_emb.inv_freq
-
-    def attention(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, _: object, scaling: float, **__: object) -> Any:
-        return longheads(q, k, v, scaling, inv_freq).transpose(1, 2).contiguous(), None
-
-    AttentionInterface.register("longheads", attention)
-    AttentionMaskInterface.register("longheads", lambda *_, **__: None)
     input_ids = tokens(2, LENGTH, seed=6)
-    expected = tiny("llama", attn_implementation="longheads")(input_ids).logits[:, PROMPT - 1 :]
+    expected = defined_run(input_ids, lambda q, k, v, scale: longheads(q, k, v, scale, inv_freq))[:, PROMPT - 1 :]
     rope = find_rope(model)
     cache = LongHeadsCache(model.config, rope=rope, chunk_size=CHUNK, num_chunks=CHUNKS)
     torch.testing.assert_close(decode(model, input_ids[:, :55], cache, PROMPT), expected[:, :13], **CLOSE)

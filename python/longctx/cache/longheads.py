@@ -16,95 +16,68 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from longctx.cache.base import LongctxLayer
 from longctx.cache.cache import LongctxCache, require
 from longctx.cache.call import CallContext
+from longctx.cache.positions import Turns, rerotate
+from longctx.cache.refusals import Uncroppable, Unpadded
 from longctx.cache.storage import Storage
 from longctx.ops import attention, gather_attention, page_scores, summarize_pages, topk_select
-from longctx.prefill.lminfinite import rerotate
 from longctx.prefill.policy import Rope
 
 
-class LongHeadsLayer(LongctxLayer):
-    STATE: ClassVar[tuple[str, ...]] = ("raw", "summary", "pending")
-    raw: Storage | None  # [batch, num_kv_heads, n, head_dim]: keys at position 0
+class LongHeadsLayer(Uncroppable, Unpadded):
+    NOT_CROPPED = "a LongHeads cache cannot be cropped, the queries of its chunks are gone"
+    NOT_PADDED = "LongHeads takes no padding, its chunks are counted from the first token"
+    STATE: ClassVar[tuple[str, ...]] = ("summary", "pending")
     summary: Storage | None  # [batch, num_q_heads, chunks, head_dim]
     pending: Tensor | None  # [batch, num_q_heads, < chunk_size, head_dim]: queries of the chunk in progress
 
     def __init__(
-        self, config: Any, layer_idx: int, *, chunk_size: int, num_chunks: int, rope: Rope, **shapes: Any
+        self, config: Any, layer_idx: int, *, chunk_size: int, num_chunks: int, turns: Turns, **shapes: Any
     ) -> None:
-        self.chunk_size, self.num_chunks, self.rope = chunk_size, num_chunks, rope
+        self.chunk_size, self.num_chunks, self.turns = chunk_size, num_chunks, turns
         super().__init__(config, layer_idx, **shapes)
-
-    @property
-    def is_croppable(self) -> bool:  # type: ignore[override]
-        return False
-
-    def crop(self, tokens_to_remove: int) -> None:
-        if tokens_to_remove != 0 and self.is_initialized:
-            raise NotImplementedError(
-                "longctx: a LongHeads cache cannot be cropped, the queries of its chunks are gone; `fork` it before"
-            )
-
-    def decodes(self, seqlen_q: int) -> bool:
-        if self._padding is not None:
-            raise NotImplementedError(
-                "longctx: LongHeads takes no padding, its chunks are counted from the first token; give the rows of a "
-                "batch the same length"
-            )
-        return super().decodes(seqlen_q)
 
     def prefilled(self, q: Tensor, k: Tensor, v: Tensor, context: CallContext) -> None:
         self._take(q, k, v, context)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, context: CallContext) -> Tensor:
         self._take(q, k, v, context)
-        assert self.raw is not None
         assert self.summary is not None
         batch, heads, seqlen_q, _ = q.shape
         n, size = k.shape[2], self.chunk_size
         self.count(self.num_chunks * size, seqlen_q)
         position = torch.arange(n - seqlen_q, n, device=q.device)
         own = (position // size).int().expand(batch, heads, -1)
-        q_raw = self._to(q, position, torch.zeros_like(position))
-        scores = page_scores(q_raw, self.summary.data[:, :, : n // size], method="dot", softmax_scale=1.0)
+        q_inside = self._to(q, position, torch.zeros_like(position))
+        scores = page_scores(q_inside, self.summary.data[:, :, : n // size], method="dot", softmax_scale=1.0)
         others = self.num_chunks - 1
         chunks, counts = topk_select(scores, others, lengths=own.contiguous(), num_first=1, num_last=1)
         chunks = pad(chunks, (0, 1), value=-1).scatter(3, counts[..., None].long(), own[..., None])
-        places = torch.arange(self.num_chunks, dtype=torch.int32, device=q.device) * size
+        # The own chunk, the last of counts + 1, stays where it is; the others move up to it, by whole chunks.
+        rank = torch.arange(self.num_chunks, dtype=torch.int32, device=q.device)
+        moved = (own - counts)[..., None] + rank - chunks
         out, lse = gather_attention(
-            q_raw,
-            self.raw.data[:, :, :n],
+            q,
+            k,
             v,
             chunks,
             counts + 1,
             block_size_k=size,
-            k_positions=places.expand_as(chunks),
-            q_positions=(counts[:, 0] * size + position % size).int(),  # all heads read as many
-            rope_cos_sin=self._table(q),
+            k_positions=moved,
+            k_position_step=0,
+            q_positions=torch.zeros(batch, seqlen_q, dtype=torch.int32, device=q.device),
+            rope_cos_sin=self.turns.table(n // size + 1, q.device),
             **context.score_options(),
         )
         return context.weigh_sinks(out, lse)
 
     def _to(self, x: Tensor, old: Tensor, new: Tensor) -> Tensor:
-        return rerotate(x, old[None], new[None], self.rope)
-
-    def _table(self, q: Tensor) -> Tensor:
-        """Rotations of what stands at position 0, as `gather_attention` takes them."""
-        length = self.num_chunks * self.chunk_size
-        cos, sin = (x[0].float() for x in self.rope(torch.arange(length, device=q.device)[None]))
-        half = cos.shape[1] // 2
-        return torch.stack([cos[:, :half], sin[:, :half]], dim=1)
+        return rerotate(x, old[None], new[None], self.turns.rope)
 
     def _take(self, q: Tensor, k: Tensor, v: Tensor, context: CallContext) -> None:
-        """Notes the new keys without their positions, and sums up the chunks that they complete."""
-        n, new, size = k.shape[2], q.shape[2], self.chunk_size
-        self.raw = Storage.like(k, 0) if self.raw is None else self.raw
-        self.raw = self.raw.writable(n - new, n, n - new)
-        position = torch.arange(n, device=k.device)
-        self.raw.data[:, :, n - new : n] = self._to(k[:, :, n - new :], position[n - new :], 0 * position[n - new :])
-
+        """Sums up the chunks that the new keys complete."""
+        n, size = k.shape[2], self.chunk_size
         queries = q if self.pending is None else torch.cat([self.pending, q], dim=2)
         first, last = (n - queries.shape[2]) // size, n // size
         self.summary = Storage.like(q, 0) if self.summary is None else self.summary
@@ -141,9 +114,9 @@ class LongHeadsCache(LongctxCache):
         num_chunks: chunks that a head reads: the first, the token's own, the one before it, and the best others; 16 in
             the paper. `num_chunks * chunk_size` should not exceed the length the model was trained on.
 
-    A prompt is read by dense attention at true positions. Keeps all keys, and a second time without their
-    positions. Values must have the size of keys. Cannot be cropped; takes no padding. Do not use it where an answer is
-    spread over more chunks than a head reads.
+    A prompt is read by dense attention at true positions. Keeps all keys, which move where they are read. Values must
+    have the size of keys. Cannot be cropped; takes no padding. Do not use it where an answer is spread over more chunks
+    than a head reads.
 
     Example:
         >>> import torch, longctx, transformers
@@ -163,4 +136,5 @@ class LongHeadsCache(LongctxCache):
     def __init__(self, config: Any, *, rope: Rope, chunk_size: int = 256, num_chunks: int = 16) -> None:
         require("chunk_size", chunk_size, at_least=1)
         require("num_chunks", num_chunks, at_least=3)
-        super().__init__(config, LongHeadsLayer, {"chunk_size": chunk_size, "num_chunks": num_chunks}, rope=rope)
+        options = {"chunk_size": chunk_size, "num_chunks": num_chunks}
+        super().__init__(config, LongHeadsLayer, options, turns=Turns(rope, chunk_size))
