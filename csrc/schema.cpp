@@ -32,6 +32,11 @@ STABLE_TORCH_LIBRARY(longctx, m) {
   define(m, "_force_cuda_path(str path) -> ()");
   define(m, "_force_isa(str isa) -> ()");
   define(m,
+         "append_kv(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, int start, "
+         "Tensor? starts=None, Tensor? page_table=None, Tensor(c!)? summary=None, "
+         "int summary_page_size=0, str summary_method=\"minmax\", Tensor? counts=None) "
+         "-> Tensor");
+  define(m,
          "attention(Tensor q, Tensor k, Tensor v, " + kAttentionOptions + ") -> (Tensor, Tensor)");
   define(m,
          "attention_mass(Tensor q, Tensor k, Tensor lse, Tensor? segment_offsets=None, "

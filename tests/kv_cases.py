@@ -82,6 +82,25 @@ def truncated_chain(dtype: torch.dtype) -> Call:
     return paged_caches(dtype, names=NAMES) | {"num_draft_tokens": 75, "counts": int32(3, 75)}
 
 
+def appended(dtype: torch.dtype, *, num_new: int = 5, seed: int = 103) -> Call:
+    new = qkv(dtype, num_kv_heads=3, seqlen_k=num_new, head_dim_v=24, seed=seed)
+    return caches(dtype, names=NAMES) | {"k": new["k"], "v": new["v"], "start": 40}
+
+
+def appended_all_options(dtype: torch.dtype) -> Call:
+    """To a static cache, with extremes of pages, of which there are more than the cache has room for."""
+    pages = {"summary": randn(2, 3, 7, 2, 16, dtype=dtype, seed=106), "summary_page_size": 16}
+    return appended(dtype, num_new=20) | pages | {"start": int32(3, 62), "counts": int32(20, 13)}
+
+
+def appended_paged(dtype: torch.dtype) -> Call:
+    """To a cache in pages of 16 keys, with means of pages of 7."""
+    call = appended(dtype, num_new=33) | paged_caches(dtype, names=NAMES)
+    call["start"] = call.pop("seqused_k") - 33
+    pages = {"summary": randn(2, 3, 16, 16, dtype=dtype, seed=107), "summary_page_size": 7}
+    return call | pages | {"summary_method": "mean"}
+
+
 def clustered(dtype: torch.dtype) -> Call:
     return {"keys": randn(2, 2, 40, 16, dtype=dtype, seed=100), "num_clusters": 5}
 
@@ -137,6 +156,7 @@ def invalid_lists(make: dict[str, Callable[[torch.dtype], Call]]) -> dict[str, I
 GATHERED = {"plain": gathered_rows, "all_options": gathered_rows_all_options, "paged": gathered_rows_paged}
 COMPACTED = {"plain": compacted, "all_options": compacted_all_options, "paged": compacted_paged}
 CLUSTERED = {"plain": clustered, "all_options": clustered_all_options}
+APPENDED = {"plain": appended, "all_options": appended_all_options, "paged": appended_paged}
 TRUNCATED = {"plain": truncated, "path": truncated_path, "chain": truncated_chain}
 
 CASES = (
@@ -179,6 +199,30 @@ CASES = (
         },
         any_strides=frozenset({"counts"}),
         mutates=NAMES,
+    ),
+    OpCase(
+        name="append_kv",
+        calls=APPENDED,
+        illegal={
+            "start": (-1, 76, INT64_MAX, -INT64_MAX),
+            "summary_page_size": (0, -16, 2**20 + 1, INT64_MAX),
+            "summary_method": ("representative", "pooled", ""),
+        },
+        extreme={"start": (0, 75)},
+        legal_changes=frozenset(
+            {f"{variant}: summary.size(2)+1" for variant in ("all_options", "paged")} | {"paged: page_table.size(1)=0"}
+        ),
+        growing={"k_cache": 2, "v_cache": 2},
+        invalid={
+            "start negative": edited(appended_all_options, "all_options", "start", (0,), -1),
+            "start past the room": edited(appended_all_options, "all_options", "start", (1,), 63),
+            "counts negative": edited(appended_all_options, "all_options", "counts", (0,), -1),
+            "counts past the tokens": edited(appended_all_options, "all_options", "counts", (0,), 21),
+            "page_table past the pages": edited(appended_paged, "paged", "page_table", (0, 0), 15),
+            "page_table negative": edited(appended_paged, "paged", "page_table", (0, 0), -1),
+        },
+        any_strides=frozenset({"counts"}),
+        mutates=(*NAMES, "summary"),
     ),
     OpCase(
         name="kmeans",

@@ -70,7 +70,7 @@ class OpCase:
 
         @functools.wraps(function)
         def on_copies(**call: Any) -> tuple[Any, ...]:
-            copies = {name: call[name].clone() for name in self.mutates}
+            copies = {name: call[name].clone() for name in self.mutates if name in call}
             result = function(**(call | copies))
             return *(() if result is None else (result,)), *copies.values()
 

@@ -9,6 +9,7 @@ void run_attention_cpu(const AttentionParams& params);
 void run_block_sparse_attention_cpu(const BlockSparseAttentionParams& params);
 void run_attention_mass_cpu(const AttentionMassParams& params);
 void run_gather_attention_cpu(const GatherAttentionParams& params);
+void run_append_kv_cpu(const AppendKVParams& params);
 void run_gather_kv_cpu(const GatherKVParams& params);
 void run_compact_kv_cpu(const CompactKVParams& params);  // and truncate_kv
 void run_summarize_pages_cpu(const SummarizePagesParams& params);

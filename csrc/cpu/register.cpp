@@ -4,6 +4,7 @@
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
 #include "cpu/strip_engine.h"
+#include "ops/append_kv.h"
 #include "ops/attention.h"
 #include "ops/attention_mass.h"
 #include "ops/block_scores.h"
@@ -78,6 +79,7 @@ STABLE_TORCH_LIBRARY_IMPL(longctx, CompositeExplicitAutograd, m) {
 STABLE_TORCH_LIBRARY_IMPL(longctx, CPU, m) {
   using namespace longctx;
   using namespace longctx::cpu;
+  m.impl("append_kv", TORCH_BOX(&append_kv<run_append_kv_cpu>));
   m.impl("attention", TORCH_BOX(&attention<run_attention_cpu>));
   m.impl("attention_mass", TORCH_BOX(&attention_mass<run_attention_mass_cpu>));
   m.impl("block_scores", TORCH_BOX(&block_scores<run_block_scores_cpu>));

@@ -1,4 +1,4 @@
-// The arguments that gather_kv, compact_kv and truncate_kv share, checked once.
+// The arguments that gather_kv, compact_kv, truncate_kv and append_kv share, checked once.
 #pragma once
 #include <limits>
 #include <string>
@@ -9,11 +9,11 @@
 
 namespace longctx {
 
-// k and v of one layer, contiguous or in pages; `batch` is that of the lists of keys.
-inline void fill_kv_rows(const Checker& check, const char* k_name, const Tensor& k,
-                         const char* v_name, const Tensor& v, int64_t batch,
-                         const OptionalTensor& seqused_k, const OptionalTensor& page_table,
-                         KVRowsParams& params) {
+// k and v of one layer, contiguous or in pages, and how many keys they have room for; `batch` is
+// that of what comes with them.
+inline void fill_kv_cache(const Checker& check, const char* k_name, const Tensor& k,
+                          const char* v_name, const Tensor& v, int64_t batch,
+                          const OptionalTensor& page_table, KVRowsParams& params) {
   const bool in_pages = page_table.has_value();
   params.dtype = check.floating(k_name, k);
   check.shape(k_name, k,
@@ -34,15 +34,7 @@ inline void fill_kv_rows(const Checker& check, const char* k_name, const Tensor&
   params.num_kv_heads = k.size(1);
   params.head_dim = k.size(3);
   params.head_dim_v = v.size(3);
-  if (seqused_k) {
-    check.same_device("seqused_k", *seqused_k, k);
-    check.dtype("seqused_k", *seqused_k, ScalarType::Int);
-    check.shape("seqused_k", *seqused_k, "[batch]", {batch});
-    check.contiguous("seqused_k", *seqused_k);
-    params.seqused_k = seqused_k->const_data_ptr<int32_t>();
-  }
   if (in_pages) {
-    check.require(seqused_k.has_value(), "seqused_k", "be given with `page_table`", "None");
     check.same_device("page_table", *page_table, k);
     check.dtype("page_table", *page_table, ScalarType::Int);
     check.shape("page_table", *page_table, "[batch, max_pages]", {batch, kAnySize});
@@ -54,6 +46,22 @@ inline void fill_kv_rows(const Checker& check, const char* k_name, const Tensor&
   }
   check.require(params.seqlen_k <= std::numeric_limits<int32_t>::max(), k_name,
                 "have keys whose indices fit int32", params.seqlen_k);
+}
+
+// The same, and how many of the keys exist.
+inline void fill_kv_rows(const Checker& check, const char* k_name, const Tensor& k,
+                         const char* v_name, const Tensor& v, int64_t batch,
+                         const OptionalTensor& seqused_k, const OptionalTensor& page_table,
+                         KVRowsParams& params) {
+  fill_kv_cache(check, k_name, k, v_name, v, batch, page_table, params);
+  check.require(seqused_k.has_value() || !page_table, "seqused_k", "be given with `page_table`",
+                "None");
+  if (!seqused_k) return;
+  check.same_device("seqused_k", *seqused_k, k);
+  check.dtype("seqused_k", *seqused_k, ScalarType::Int);
+  check.shape("seqused_k", *seqused_k, "[batch]", {batch});
+  check.contiguous("seqused_k", *seqused_k);
+  params.seqused_k = seqused_k->const_data_ptr<int32_t>();
 }
 
 // `indices` [batch, heads, num_entries] and `counts` [batch, heads], for the heads of `k`.

@@ -216,6 +216,19 @@ struct SummarizePagesParams {
   const int32_t* starts = nullptr;  // [batch]
 };
 
+// The first `counts` of `num_entries` new tokens become keys `start` and on; `indices` is not used.
+struct AppendKVParams : KVRowsParams {
+  TensorView k_cache;               // [batch, num_kv_heads, seqlen_k, head_dim]
+  TensorView v_cache;               // [batch, num_kv_heads, seqlen_k, head_dim_v]
+  TensorView k;                     // [batch, num_kv_heads, num_entries, head_dim]
+  TensorView v;                     // [batch, num_kv_heads, num_entries, head_dim_v]
+  int64_t start = 0;                // used where starts is null
+  const int32_t* starts = nullptr;  // [batch]
+  int32_t* lengths = nullptr;       // [batch]: the keys that there are then
+  bool has_summary = false;
+  SummarizePagesParams summary;  // of k_cache: an update from `start`, with `lengths` as seqused_k
+};
+
 // How scores of query heads and of query tokens become one. Heads are reduced first.
 enum class HeadReduce : int32_t { kNone, kGroupMean, kGroupMax, kGroupSum, kAllSum };
 enum class QueryReduce : int32_t { kNone, kMean, kMax };

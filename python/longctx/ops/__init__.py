@@ -5,6 +5,7 @@ from longctx import _library
 _library.load()
 
 from longctx.ops._linear import CHUNK_SIZE as LINEAR_CHUNK_SIZE  # noqa: E402, F401
+from longctx.ops.append_kv import append_kv  # noqa: E402
 from longctx.ops.attention import attention  # noqa: E402
 from longctx.ops.attention_mass import attention_mass  # noqa: E402
 from longctx.ops.block_scores import block_scores  # noqa: E402
@@ -27,6 +28,7 @@ from longctx.ops.truncate_kv import truncate_kv  # noqa: E402
 from longctx.ops.update_pages import update_pages  # noqa: E402
 
 __all__ = [
+    "append_kv",
     "attention",
     "attention_mass",
     "block_scores",

@@ -12,7 +12,7 @@ from longctx.reference.block_scores import block_scores
 from longctx.reference.block_sparse_attention import block_sparse_attention
 from longctx.reference.gather_attention import gather_attention
 from longctx.reference.kmeans import kmeans
-from longctx.reference.kv_rows import compact_kv, gather_kv, truncate_kv
+from longctx.reference.kv_rows import append_kv, compact_kv, gather_kv, truncate_kv
 from longctx.reference.linear_attention import linear_attention, linear_attention_decode, linear_attention_states
 from longctx.reference.merge_states import merge_states
 from longctx.reference.page_scores import page_scores
@@ -23,6 +23,7 @@ from longctx.reference.token_scores import token_scores
 from longctx.reference.topk_select import topk_select
 
 __all__ = [
+    "append_kv",
     "attention",
     "attention_mass",
     "block_scores",

@@ -1,4 +1,4 @@
-"""Naive twins of `longctx.gather_kv`, `longctx.compact_kv` and `longctx.truncate_kv`, row by row."""
+"""Naive twins of `longctx.gather_kv`, `compact_kv`, `truncate_kv` and `append_kv`, row by row."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+
+from longctx.reference.summarize_pages import update_pages
 
 
 def row_reader(cache: Tensor, page_table: Tensor | None) -> Callable[[int, int, int], Tensor | None]:
@@ -126,3 +128,38 @@ def truncate_kv(
         for h in range(caches[0].shape[1]):
             move_to(caches, b, h, max(first, 0), keys, page_table)
     return lengths
+
+
+def append_kv(
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor,
+    v: Tensor,
+    start: int | Tensor,
+    *,
+    page_table: Tensor | None = None,
+    summary: Tensor | None = None,
+    summary_page_size: int = 0,
+    summary_method: str = "minmax",
+    counts: Tensor | None = None,
+) -> Tensor:
+    """The new lengths; writes the tokens one by one, then updates the pages; see `longctx.append_kv`."""
+    lengths = torch.zeros(k.shape[0], dtype=torch.int32)
+    starts = start.tolist() if isinstance(start, Tensor) else [start] * k.shape[0]
+    for b, first in enumerate(starts):
+        end = used_keys(k_cache, b, None, page_table)
+        tokens = counted(list(range(k.shape[2])), counts, b)
+        lengths[b] = min(max(first + len(tokens), 0), end)
+        for cache, rows in ((k_cache, k), (v_cache, v)):
+            row = row_reader(cache, page_table)
+            for i in (i for i in tokens if 0 <= first + i < end):
+                for h in range(cache.shape[1]):
+                    target = row(b, h, first + i)
+                    if target is not None:
+                        target.copy_(rows[b, h, i])
+    if summary is not None:
+        update_pages(
+            summary, k_cache, start, summary_page_size,
+            method=summary_method, seqused_k=lengths.to(k.device), page_table=page_table,
+        )  # fmt: skip
+    return lengths.to(k.device)
