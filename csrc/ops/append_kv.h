@@ -13,8 +13,7 @@ inline void fill_summary(const Checker& check, const Tensor& k_cache, const Tens
   pages.dtype = params.dtype;
   check.require(page_size >= 1 && page_size <= kMaxBlock, "summary_page_size",
                 "be in [1, 2^20] with `summary`", page_size);
-  check.require(params.head_dim > 0, "k_cache", "have a head_dim of at least 1",
-                to_text(k_cache.sizes()));
+  check.require(params.head_dim > 0, "k_cache", "have a head_dim of at least 1", k_cache.sizes());
   pages.page_size = page_size;
   pages.k = params.k_cache;
   pages.pages = params.pages;
@@ -67,9 +66,8 @@ Tensor append_kv(const Tensor& k_cache, const Tensor& v_cache, const Tensor& k, 
   } else {
     const int64_t room = params.seqlen_k - (counts ? 0 : params.num_entries);
     check.require(start >= 0 && start <= room, "start",
-                  "leave room for the new tokens in the caches",
-                  std::to_string(start) + " with " + std::to_string(params.num_entries) +
-                      " tokens in " + std::to_string(params.seqlen_k) + " rows");
+                  "leave room for the new tokens in the rows of the caches",
+                  Beside{start, params.seqlen_k});
     params.start = start;
   }
   static constexpr const char* kMethods[] = {"minmax", "mean"};
@@ -84,7 +82,7 @@ Tensor append_kv(const Tensor& k_cache, const Tensor& v_cache, const Tensor& k, 
                   summary_page_size);
   }
 
-  const Tensor lengths = torch::stable::new_empty(k, {params.batch}, ScalarType::Int);
+  const Tensor lengths = new_tensor(k, {params.batch}, ScalarType::Int);
   params.lengths = lengths.mutable_data_ptr<int32_t>();
   params.summary.seqs.seqused_k = params.lengths;
   run(params);
