@@ -68,6 +68,7 @@ MAX_CUDA_HEAD_DIM = 256
 RECORDING = frozenset(
     Path(__file__).parent / f"test_{name}.py"
     for name in (
+        "append_kv",
         "attention",
         "attention_mass",
         "block_scores",

@@ -61,6 +61,35 @@ def _compact_kv(length: int, dtype: torch.dtype) -> Contenders:
     return Contenders(run, 0.0, 2 * 2.0 * layers * 8 * len(kept) * 128 * dtype.itemsize)
 
 
+def _append_kv(length: int, dtype: torch.dtype, *, num_new: int = 1) -> Contenders:
+    """New keys behind `length` others, whose extremes in pages of 16 follow; every turn takes other keys."""
+    page, turns, room = 16, 16, length + num_new
+    ours, theirs = ([*_caches(room, dtype, 1)] for _ in range(2))
+    summaries = [longctx.summarize_pages(caches[0], page) for caches in (ours, theirs)]
+    new = torch.randn(turns, 2, 1, 8, num_new, 128, generator=torch.Generator().manual_seed(1)).to(dtype)
+    place = torch.arange(length, room)
+    used, ends = torch.tensor([length], dtype=torch.int32), torch.tensor([room], dtype=torch.int32)
+    next_turn = {"longctx": 0, "index_copy_": 0}
+
+    def rows(name: str) -> Tensor:
+        next_turn[name] += 1
+        return new[next_turn[name] % turns]
+
+    def append() -> Tensor:
+        k, v = rows("longctx")
+        longctx.append_kv(ours[0], ours[1], k, v, used, summary=summaries[0], summary_page_size=page)
+        return summaries[0][:, :, length // page :]
+
+    def index_copy() -> Tensor:
+        for cache, row in zip(theirs, rows("index_copy_"), strict=True):
+            cache.index_copy_(2, place, row)
+        longctx.update_pages(summaries[1], theirs[0], used, page, seqused_k=ends)
+        return summaries[1][:, :, length // page :]
+
+    run: dict[str, Callable[[], object]] = {"longctx": append, "index_copy_, update_pages": index_copy}
+    return Contenders(run, 0.0, 8 * 128 * dtype.itemsize * (4.0 * num_new + page))
+
+
 def _kmeans(length: int, dtype: torch.dtype) -> Contenders:
     """5% of the keys as clusters, 10 iterations, one head; torch starts from random keys, which costs nothing."""
     generator = torch.Generator().manual_seed(0)
@@ -92,6 +121,14 @@ def _kmeans(length: int, dtype: torch.dtype) -> Contenders:
 CASES = [
     Case("2048 keys of all, 8 heads, D=128", "gather_kv", 131072, BF16, _gather_kv),
     Case("half of the keys, 8 layers of 8 heads, D=128", "compact_kv", 4096, BF16, _compact_kv),
+    Case("one token, 8 heads, D=128, extremes of pages of 16", "append_kv", 32768, BF16, _append_kv),
+    Case(
+        "2048 tokens, 8 heads, D=128, extremes of pages of 16",
+        "append_kv",
+        32768,
+        BF16,
+        functools.partial(_append_kv, num_new=2048),
+    ),
     Case("5% clusters, 10 iterations, D=128", "kmeans", 32768, FP32, _kmeans),
     Case("5% clusters, 10 iterations, D=128", "kmeans", 32768, BF16, _kmeans),
 ]
