@@ -11,8 +11,10 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 import longctx
 from longctx.cache import LongctxCache, make_cache
+from longctx.integrations.transformers import find_rope
 from transformers_models import tiny
 
+INFLLM = {"num_initial_tokens": 5, "window_size": 12, "block_size": 4, "num_blocks": 3, "num_representative": 2}
 # Options with which a method reads every key.
 UNLIMITED: dict[str, dict[str, Any]] = {
     "dense": {},
@@ -26,13 +28,8 @@ UNLIMITED: dict[str, dict[str, Any]] = {
 }
 # Options with which it does not, of a prompt of 60 tokens.
 LIMITED: dict[str, dict[str, Any]] = {
-    "infllm": {
-        "num_initial_tokens": 5,
-        "window_size": 12,
-        "block_size": 4,
-        "num_blocks": 3,
-        "num_representative": 2,
-    },
+    "infllm": INFLLM,
+    "infllm with rope": INFLLM,
     "quest": {"budget": 24, "page_size": 4, "num_dense_layers": 1},
     "recycled": {"budget": 20, "stride": 4},
     "snapkv": {"budget": 30, "window_size": 10},
@@ -52,7 +49,13 @@ def ours(name: str = "llama", **options: Any) -> PreTrainedModel:
 
 
 def make(model: PreTrainedModel, name: str, table: dict[str, dict[str, Any]], **options: Any) -> LongctxCache:
-    return make_cache(model.config, name, **{**table[name], **options})
+    """The cache of this name in the table; one "with rope" is the method at positions of its own."""
+    return make_cache(model.config, name.split()[0], **{**table[name], **options, **handles(model, name)})
+
+
+def handles(model: PreTrainedModel, name: str) -> dict[str, Any]:
+    """What a file of this cache does not hold."""
+    return {"rope": find_rope(model)} if name.endswith("with rope") else {}
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cache_cases import CLOSE, LIMITED, decode, generate, logits, make, masked_run, mass, ours
+from cache_cases import CLOSE, LIMITED, decode, generate, handles, logits, make, masked_run, mass, ours
 from longctx.cache import InfLLMCache, QuestCache, RecycledCache, SirLLMCache, SnapKVCache, StreamingCache, load
 from longctx.integrations.transformers import find_rope
 from transformers_models import padding, tiny, tokens
@@ -145,7 +145,7 @@ def test_files_hold_what_a_method_knows(name: str, tmp_path: Path) -> None:
     cache = make(model, name, LIMITED)
     decode(model, INPUT[:, :63], cache, PROMPT)
     cache.save(tmp_path / "cache")
-    loaded = load(tmp_path / "cache", model.config)
+    loaded = load(tmp_path / "cache", model.config, **handles(model, name))
     for part in INPUT[:, 63:].split(1, dim=1):
         assert torch.equal(logits(model, part, loaded), logits(model, part, cache))
 

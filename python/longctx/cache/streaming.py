@@ -16,8 +16,8 @@ from torch import Tensor
 from longctx.cache.base import LongctxLayer
 from longctx.cache.cache import LongctxCache, require
 from longctx.cache.call import CallContext
+from longctx.cache.positions import rerotate, token_positions
 from longctx.ops import attention, gather_attention, merge_states
-from longctx.prefill.lminfinite import rerotate
 from longctx.prefill.policy import Rope
 
 
@@ -56,10 +56,7 @@ class StreamingLayer(LongctxLayer):
                 "longctx: positions in the cache need `position_ids`, which this model does not pass"
             )
         num_sinks = self.num_sink_tokens
-        used = (
-            torch.full((q.shape[0],), k.shape[2], device=q.device) if context.seqused_k is None else context.seqused_k
-        )
-        end = used[:, None] + torch.arange(1 - q.shape[2], 1, device=q.device)
+        end = token_positions(q, k, context) + 1
         start = (end - self.window_size).clamp(min=num_sinks)
         scores: dict[str, Any] = {"softmax_scale": context.softmax_scale, "softcap": context.softcap, "causal": False}
         near = torch.stack([start, end], dim=-1)[:, None].int()
