@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 
 from cache_cases import CLOSE, LIMITED, decode, defined_run, generate, logits, make, ours, turned
-from longctx.cache import InfLLMCache
+from longctx.cache import InfLLMCache, SirLLMCache, load
 from longctx.integrations.transformers import find_rope
 from transformers_models import tiny, tokens
 
@@ -76,3 +78,47 @@ def test_infllm_follows_beams_and_forks() -> None:
     expected = decode(model, input_ids.flip(0), fresh, PROMPT)[:, 11:]
     torch.testing.assert_close(found, expected, **CLOSE)
     assert logits(model, input_ids[:, :1], fork).isfinite().all()
+
+
+def in_the_cache(q: Tensor, k: Tensor, v: Tensor, scale: float, inv_freq: Tensor, seen: Tensor) -> Tensor:
+    """Attention under the mask `seen` [batch, n, n], where positions count the keys that a token sees."""
+    index = torch.arange(q.shape[2])
+    k, v = k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)
+    q_raw, k_raw = turned(q, -index, inv_freq), turned(k, -index, inv_freq)
+    out = torch.zeros_like(q)
+    for b, row in torch.cartesian_prod(*(torch.arange(n) for n in seen.shape[:2])).tolist():
+        keys = index[seen[b, row]]
+        places = torch.arange(len(keys))
+        query = turned(q_raw[b, :, row : row + 1], places[-1:], inv_freq)
+        weights = (query @ turned(k_raw[b][:, keys], places, inv_freq).mT * scale).softmax(-1)
+        out[b, :, row] = (weights @ v[b][:, keys])[:, 0]
+    return out
+
+
+def test_sirllm_counts_positions_in_the_cache(tmp_path: Path) -> None:
+    """Three turns, of which 25 tokens at most stay."""
+    model, input_ids = ours(), tokens(2, 71, seed=1)
+    inv_freq, rope = model.model.rotary_emb.inv_freq, find_rope(model)
+    options = {"num_sink_tokens": 2, "num_entropy_tokens": 20, "num_recent_tokens": 3, "decay": 0.5}
+    cache = SirLLMCache(model.config, **options, rope=rope)
+    seen = torch.ones(2, 71, 71, dtype=torch.bool).tril()
+    stays = torch.arange(40).expand(2, -1)
+    for end in (40, 55, 70):
+        if end > 40:
+            entropy = cache.entropy.clone()
+            entropy[:, :2] = entropy[:, -3:] = torch.inf
+            stays = stays.gather(1, entropy.topk(25, dim=1).indices.sort().values)
+            seen[:, end - 15 :, : end - 15] = torch.zeros_like(seen[:, 0, : end - 15]).scatter_(1, stays, True)[:, None]
+            stays = torch.cat([stays, torch.arange(end - 15, end).expand(2, -1)], dim=1)
+        cache.read(model, input_ids[:, : end + 1])
+    expected = defined_run(input_ids, lambda q, k, v, scale: in_the_cache(q, k, v, scale, inv_freq, seen))[:, -1]
+    cache.save(tmp_path / "cache")
+    again = load(tmp_path / "cache", model.config, rope=rope)
+    more = torch.cat([input_ids, tokens(2, 20, seed=9)], dim=1)
+    for other in (cache.fork(), again, cache):
+        torch.testing.assert_close(logits(model, input_ids[:, 70:], other), expected, **CLOSE)
+    for other in (cache, again):
+        other.entropy = torch.cat([other.entropy, torch.ones(2, 1)], dim=1)  # of the token that `read` did not see
+        other.read(model, more)
+    assert torch.equal(cache.layers[1].keys, again.layers[1].keys)
+    assert cache.layers[1].keys.shape[2] == 25 + 19

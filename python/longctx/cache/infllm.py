@@ -155,9 +155,10 @@ class InfLLMCache(LongctxCache):
             as in the paper: `window_size`. So a text may exceed what the model was trained on. `None` keeps true
             positions.
 
-    Keeps all keys. Approximate. Each kv head has representatives of its own, by the mean of what its query heads see.
-    A prompt is read at true positions. Cannot be cropped. Do not use it where the window alone is most of the text, nor
-    `rope` where the order of what is far matters: of two far tokens none is nearer.
+    Keeps all keys; with `rope`, also `4 * head_dim` bytes a token, once for all layers. Approximate. Each kv head has
+    representatives of its own, by the mean of what its query heads see. A prompt is read at true positions. Cannot be
+    cropped. Do not use it where the window alone is most of the text, nor `rope` where the order of what is far
+    matters: of two far tokens none is nearer.
 
     Example:
         >>> import torch, longctx, transformers

@@ -5,6 +5,9 @@ Yao et al., "SirLLM: Streaming Infinite Retentive LLM" (arXiv 2405.12528).
 The entropy of a token is `-log p(token | tokens before it)`: what the model could not have guessed. When a turn does
 not fit any more, the first tokens and those of highest entropy stay, the same in every layer and head, and old
 entropies fade a little with every turn.
+
+With `rope`, what stays moves together, up to the turn that comes: only distances matter, so positions then count in the
+cache.
 """
 
 from __future__ import annotations
@@ -17,7 +20,38 @@ from transformers import LogitsProcessor
 
 from longctx.cache.base import LongctxLayer
 from longctx.cache.cache import LongctxCache, require
+from longctx.cache.positions import rerotate
 from longctx.ops import topk_select
+from longctx.prefill.policy import Rope
+
+
+class SirLLMLayer(LongctxLayer):
+    STATE: ClassVar[tuple[str, ...]] = ("raw",)
+    # With `rope`, [batch, num_kv_heads, kept, head_dim]: the keys that have stayed, at position 0, so that moving them
+    # again and again rounds them once.
+    raw: Tensor | None
+
+    def __init__(self, config: Any, layer_idx: int, *, rope: Rope | None, **shapes: Any) -> None:
+        self.rope = rope
+        super().__init__(config, layer_idx, **shapes)
+
+    def keep(self, indices: Tensor, counts: Tensor | None = None, rows: Tensor | None = None) -> None:
+        if self.rope is None:
+            super().keep(indices, counts, rows)
+            return
+        assert self.keys is not None
+        known = 0 if self.raw is None else self.raw.shape[2]
+        at = self._positions()[:, known:]
+        raw = rerotate(self.keys[:, :, known:], at, torch.zeros_like(at), self.rope)
+        raw = raw if self.raw is None else torch.cat([self.raw, raw], dim=2)
+        self.raw = raw.gather(2, indices[..., None].long().expand(-1, raw.shape[1], -1, raw.shape[3]))
+        super().keep(indices, counts, rows)
+        at = self._positions()
+        self.keys.copy_(rerotate(self.raw, torch.zeros_like(at), at, self.rope))
+
+    def _positions(self) -> Tensor:
+        """Of the stored keys, one after the other up to the token that comes: int64 [1, slots]."""
+        return torch.arange(self.seen - self.slots, self.seen, device=self.device)[None]
 
 
 class SirLLMCache(LongctxCache):
@@ -32,9 +66,13 @@ class SirLLMCache(LongctxCache):
         num_entropy_tokens: tokens that stay for their entropy.
         num_recent_tokens: last tokens that always stay.
         decay: factor on all entropies at every turn: 1 for facts, 0.7 to 0.9 for talk, in the paper.
+        rope: `longctx.integrations.transformers.find_rope(model)` counts positions in the cache, as in the paper: no
+            token is ever farther away than the cache is long, so a conversation may exceed what the model was trained
+            on. Costs the kept keys a second time. `None` keeps true positions.
 
-    Within a turn all tokens are kept, and attended to exactly. Positions are true ones; in the paper they count in the
-    cache. Do not use it for one long prompt: what is forgotten is chosen before the question is known.
+    Within a turn all tokens are kept, and attended to exactly. Do not use it for one long prompt: what is forgotten is
+    chosen before the question is known. Do not use `rope` for conversations as long as the model knows, where it
+    matters when something was said.
 
     Example:
         >>> import torch, longctx, transformers
@@ -64,6 +102,7 @@ class SirLLMCache(LongctxCache):
         num_entropy_tokens: int = 1020,
         num_recent_tokens: int = 0,
         decay: float = 1.0,
+        rope: Rope | None = None,
     ) -> None:
         require("num_sink_tokens", num_sink_tokens, at_least=0)
         require("num_entropy_tokens", num_entropy_tokens, at_least=1)
@@ -72,7 +111,7 @@ class SirLLMCache(LongctxCache):
             raise ValueError(f"longctx: `decay` must be above 0 and at most 1; got {decay}")
         self.num_sink_tokens, self.num_recent_tokens, self.decay = num_sink_tokens, num_recent_tokens, decay
         self.budget = num_sink_tokens + num_entropy_tokens + num_recent_tokens
-        super().__init__(config, LongctxLayer, {})
+        super().__init__(config, SirLLMLayer, {}, rope=rope)
         self.options = {
             "num_sink_tokens": num_sink_tokens,
             "num_entropy_tokens": num_entropy_tokens,
