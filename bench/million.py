@@ -58,7 +58,7 @@ def chunks(layer: int, num_tokens: int) -> Iterator[tuple[Tensor, Tensor]]:
 
 def attend(layer: StoreLayer, q: Tensor, budget: int) -> Tensor:
     """One layer of one step: score the pages, choose, attend."""
-    page_size = layer.store.geometry.page_size
+    page_size = layer.geometry.page_size
     assert layer.summary is not None
     scores = longctx.page_scores(q, layer.summary.pages, head_reduce="group_max")
     pages, counts = longctx.topk_select(scores, min(budget // page_size, scores.shape[-1]))

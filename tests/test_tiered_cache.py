@@ -1,6 +1,8 @@
 """TieredQuestCache: plain `generate()` over a page store; and the million-token script, made small."""
 
+import copy
 import json
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +11,7 @@ import pytest
 import torch
 
 from cache_cases import CLOSE, decode, generate, logits, masked_run, ours
-from longctx.cache import TieredQuestCache
+from longctx.cache import QuestCache, TieredQuestCache, load, make_cache
 from longctx.store import PageGeometry, PageStore, PageStoreError
 from transformers_models import padding, tiny, tokens
 
@@ -17,12 +19,12 @@ pytestmark = [
     pytest.mark.runs_on("cpu", reason="caches are Python over ops that are tested everywhere"),
     pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning"),
 ]
-INPUT = tokens(2, 60)
+INPUT, MASK = tokens(2, 60), padding([60, 43], "left")
 SCRIPT = Path(__file__).parent.parent / "bench" / "million.py"
 
 
-def make_store(model, directory, *, frames=40, device_frames=0, **options):
-    geometry = PageGeometry.of(model.config, batch=2, page_size=4, dtype=torch.float32)
+def make_store(model, directory, *, frames=40, device_frames=0, batch=2, **options):
+    geometry = PageGeometry.of(model.config, batch=batch, page_size=4, dtype=torch.float32)
     return PageStore(
         geometry,
         path=directory / "kv",
@@ -33,22 +35,45 @@ def make_store(model, directory, *, frames=40, device_frames=0, **options):
     )
 
 
-def unlimited(model, store):
-    return TieredQuestCache(model.config, store=store, budget=4096, num_first=4, num_last=4)
+def unlimited(model, store, **options):
+    return TieredQuestCache(model.config, store=store, budget=4096, num_first=4, num_last=4, **options)
 
 
-@pytest.mark.parametrize("options", [{}, {"prefill_chunk_size": 25}], ids=["plain", "chunked"])
-@pytest.mark.parametrize("device_frames", [0, 40])
-def test_generates_what_the_dense_model_does(tmp_path, options, device_frames):
-    """With a budget for every key, of which a fifth is in memory."""
-    model = ours()
-    with make_store(model, tmp_path, device_frames=device_frames) as store:
+def following(model, cache, start, end, mask=MASK):
+    """Logits of the last of INPUT's tokens [start, end)."""
+    mask = None if mask is None else mask[:, :end]
+    return logits(model, INPUT[:, start:end], cache, attention_mask=mask)
+
+
+def assert_follows(model, cache, start, end, mask=MASK):
+    """As the dense model on all of INPUT's tokens up to `end`."""
+    expected = following(tiny("llama"), None, 0, end, mask)
+    torch.testing.assert_close(following(model, cache, start, end, mask), expected, **CLOSE)
+
+
+@pytest.mark.parametrize(
+    ("options", "store"),
+    [
+        ({}, {"device_frames": 40}),
+        ({"prefill_chunk_size": 25}, {}),
+        ({"attention_mask": MASK}, {"device_frames": 40}),
+        ({"attention_mask": MASK, "prefill_chunk_size": 9}, {}),  # a whole chunk of padding; chunks that could decode
+        ({"attention_mask": MASK, "num_beams": 3}, {"batch": 6, "frames": 120}),
+        ({"num_beams": 2, "prompt": INPUT[:1]}, {"device_frames": 40}),
+    ],
+    ids=["plain", "chunked", "padded", "padded chunks", "padded beams", "beams on a device"],
+)
+def test_generates_what_the_dense_model_does(tmp_path, options, store):
+    """With a budget for every key, of which a part is in memory."""
+    model, prompt = ours(), options.pop("prompt", INPUT)
+    with make_store(model, tmp_path, **store) as store:
         cache = unlimited(model, store)
-        assert torch.equal(generate(model, INPUT, cache, **options), generate(tiny("llama"), INPUT, **options))
+        assert torch.equal(generate(model, prompt, cache, **options), generate(tiny("llama"), prompt, **options))
         assert cache.get_seq_length() == store.num_tokens == 71
         assert store.stats.misses > 0
         # Nothing but the store has the prompt.
-        assert not any(isinstance(value, torch.Tensor) for layer in cache.layers for value in vars(layer).values())
+        held = [value for layer in cache.layers for value in vars(layer).values() if isinstance(value, torch.Tensor)]
+        assert all(value.dim() == 1 for value in held)
         assert all(layer._new is None for layer in cache.layers)
 
 
@@ -119,24 +144,141 @@ def test_full_store_leaves_the_cache_as_it_was(tmp_path):
         torch.testing.assert_close(logits(model, INPUT[:, 59:], cache), expected, **CLOSE)
 
 
-def test_what_a_store_cannot_do_raises(tmp_path):
+def test_forks_share_pages_and_part(tmp_path):
+    """Rows of different lengths; either goes its own way, drafts and takes tokens back; the file has both."""
+    model = ours()
+    with make_store(model, tmp_path, batch=6, frames=140) as store:
+        cache = unlimited(model, store)
+        following(model, cache, 0, 30)
+        used = store.stats.host_bytes
+        forks = [cache.fork(), copy.deepcopy(cache)]
+        assert [fork.sequences for fork in forks] == [[2, 3], [4, 5]]
+        # Two layers, two heads, two rows, two forks: a partial page each, where the row has one.
+        assert store.stats.host_bytes - used <= 16 * store.geometry.page_bytes
+        with pytest.raises(PageStoreError, match=r"2 more sequences .* made for 6 \(`batch` of its geometry\)"):
+            cache.fork()
+        for fork in forks:
+            assert_follows(model, fork, 30, 34)
+            fork.rewind(6)
+            assert_follows(model, fork, 28, 36)
+        assert cache.get_seq_length() == 30
+        assert_follows(model, cache, 30, 31)
+        del fork, forks[1]
+        again = cache.fork()
+        assert again.sequences == [4, 5]
+        again.save(tmp_path / "fork")
+        forks[0].rewind(36)
+        assert_follows(model, forks[0], 0, 20)
+        for end in range(32, 61):
+            assert_follows(model, cache, end - 1, end)
+        del forks[0]
+    with PageStore.open(tmp_path / "kv", max_host_bytes=1 << 16) as store:
+        assert store.lengths.tolist() == [60, 43, 0, 0, 31, 14]
+        assert_follows(model, load(tmp_path / "fork", model.config, store=store), 31, 34)
+        cache = unlimited(model, store, sequences=[0, 1])
+        cache.rewind(1)
+        assert_follows(model, cache, 59, 60)
+
+
+def test_batch_operations_and_files(tmp_path):
+    model, dense = ours(), tiny("llama")
+    with make_store(model, tmp_path, batch=5, frames=100) as store:
+        cache = unlimited(model, store)
+        following(model, cache, 0, 50)
+        cache.batch_repeat_interleave(2)
+        assert cache.sequences == [0, 2, 1, 3]
+        cache.reorder_cache(torch.tensor([2, 0, 1, 3]))
+        cache.batch_select_indices(torch.tensor([0, 1, 3]))
+        assert store.lengths.tolist() == [50, 33, 0, 33, 0]
+        rows = [1, 0, 1]
+        inputs, mask = INPUT[rows], MASK[rows]
+        expected = logits(dense, inputs[:, :52], attention_mask=mask[:, :52])
+        logits(model, inputs[:, 50:51], cache, attention_mask=mask[:, :51])
+        cache.save(tmp_path / "cache")
+        cache.options["budget"] = 5
+        found = logits(model, inputs[:, 51:52], cache, attention_mask=mask[:, :52])
+        torch.testing.assert_close(found, expected, **CLOSE)
+        with pytest.raises(ValueError, match=r"has \[35, 52, 35\] tokens .* when it was saved it had \[34, 51, 34\]"):
+            load(tmp_path / "cache", model.config, store=store)
+        cache = unlimited(model, store, sequences=cache.sequences)
+        cache.rewind(1)
+    with PageStore.open(tmp_path / "kv", max_host_bytes=1 << 16) as store:
+        cache = load(tmp_path / "cache", model.config, store=store)
+        assert (cache.get_seq_length(), cache.options["budget"]) == (51, 4096)
+        found = logits(model, inputs[:, 51:52], cache, attention_mask=mask[:, :52])
+        torch.testing.assert_close(found, expected, **CLOSE)
+
+
+def test_beams_read_what_quest_reads(tmp_path):
+    """With a budget: a page less than QuestCache chooses, since the last page is always read."""
+    model, options = ours(), {"num_beams": 3, "attention_mask": MASK}
+    quest = QuestCache(model.config, budget=12, page_size=4, num_dense_layers=0)
+    expected = generate(model, INPUT, quest, **options)
+    with make_store(model, tmp_path, batch=6, frames=120) as store:
+        cache = TieredQuestCache(model.config, store=store, budget=12, num_first=0, num_last=4)
+        found = generate(model, INPUT, cache, **options)
+    assert found.shape == expected.shape
+
+
+def test_disk_full_in_the_middle_of_a_token(tmp_path):
+    """The second layer has no room: the first one gives the token back, and with room again all goes on."""
     model = ours()
     with make_store(model, tmp_path) as store:
         cache = unlimited(model, store)
-        with pytest.raises(NotImplementedError, match="it takes no padding"):
-            logits(model, INPUT, cache, attention_mask=padding([60, 23], "left"))
-        with pytest.raises(ValueError, match=r"`k` of a page store must have shape"):
-            logits(model, INPUT[:1], cache)
-        assert cache.get_seq_length() == 0
-        logits(model, INPUT, cache)
-        with pytest.raises(NotImplementedError, match="cannot be reordered"):
-            cache.reorder_cache(torch.tensor([1, 0]))
-        with pytest.raises(NotImplementedError, match="cannot be forked"):
-            cache.fork()
-        with pytest.raises(NotImplementedError, match=r"store\.commit"):
-            cache.save(tmp_path / "file")
+        following(model, cache, 0, 31)
+        append, failed = store.layers[1].append, []
+
+        def full(*arguments, **options):
+            soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1, hard))
+            try:
+                append(*arguments, **options)
+            except PageStoreError as error:
+                failed.append(str(error))
+                raise
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+        store.layers[1].append = full
+        with pytest.raises(PageStoreError, match="is full: page 7 of layer 1"):
+            following(model, cache, 31, 35)
+        assert len(failed) == 1
+        assert [layer.seen for layer in cache.layers] == [31, 31]
+        assert store.lengths.tolist() == [31, 14]
+        del store.layers[1].append
+        assert_follows(model, cache, 31, 35)
+        assert_follows(model, cache, 35, 60)
+
+
+def test_what_a_store_cannot_do_raises(tmp_path):
+    model = ours()
+    with make_store(model, tmp_path) as store:
+        with pytest.raises(NotImplementedError, match="no static shapes: the host decides"):
+            make_cache(model.config, "tiered_quest", store=store, max_cache_len=64)
         with pytest.raises(ValueError, match="`budget` must be at least 4; got 3"):
             TieredQuestCache(model.config, store=store, budget=3)
+        with pytest.raises(ValueError, match=r"`sequences` must be distinct .* that has 2; got \[0, 2\]"):
+            unlimited(model, store, sequences=[0, 2])
+        cache = unlimited(model, store)
+        with pytest.raises(PageStoreError, match="3 more sequences are needed"):
+            logits(model, tokens(3, 9), cache)
+        with pytest.raises(NotImplementedError, match="pad on the left"):
+            logits(model, INPUT, cache, attention_mask=padding([60, 23], "right"))
+        assert cache.get_seq_length() == 0
+        following(model, cache, 0, 50)
+        with pytest.raises(ValueError, match=r"`k` of a page store must have shape .* = \[2, 2, 1, 16\]"):
+            logits(model, INPUT[:1, :1], cache)
+        later = unlimited(model, store)
+        assert later.sequences == [0, 1]
+        with pytest.raises(ValueError, match="belong to another one now"):
+            following(model, cache, 50, 51)
+        assert_follows(model, later, 50, 60)
+    geometry = PageGeometry.of(model.config, page_size=4, dtype=torch.float32)
+    with (
+        PageStore(geometry, max_host_bytes=1 << 20) as store,
+        pytest.raises(NotImplementedError, match="without a `path` cannot be saved"),
+    ):
+        unlimited(model, store).save(tmp_path / "file")
     other = PageGeometry(num_layers=7, num_kv_heads=2, head_dim=16)
     with (
         PageStore(other, max_host_bytes=1 << 24) as store,

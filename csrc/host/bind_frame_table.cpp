@@ -27,6 +27,8 @@ py::dict stats(const FrameTable& frames) {
   result["misses"] = counts.misses;
   result["evictions"] = counts.evictions;
   result["read_ahead"] = counts.read_ahead;
+  result["read_ahead_hits"] = counts.read_ahead_hits;
+  result["read_ahead_unused"] = counts.read_ahead_unused;
   return result;
 }
 
@@ -39,6 +41,8 @@ void bind_frame_table(py::module_& m) {
       .def(py::init<int64_t, int64_t>(), py::arg("num_frames"), py::arg("num_lanes"))
       .def_property_readonly("num_frames", &FrameTable::num_frames)
       .def_property_readonly("num_used", &FrameTable::num_used)
+      .def_property_readonly("num_available", &FrameTable::num_available)
+      .def_property_readonly("clock", &FrameTable::clock)
       .def_property_readonly("table", &view)
       .def_property_readonly("stats", &stats)
       .def("reset_stats", &FrameTable::reset_stats)
@@ -52,9 +56,9 @@ void bind_frame_table(py::module_& m) {
              return py::make_tuple(to_array(taken), flags);
            })
       .def("acquire_ahead",
-           [](FrameTable& frames, const Int64Array& lanes, const Int64Array& pages) {
+           [](FrameTable& frames, const Int64Array& lanes, const Int64Array& pages, int64_t since) {
              std::vector<int32_t> taken;
-             frames.acquire_ahead(page_ids(lanes, pages), &taken);
+             frames.acquire_ahead(page_ids(lanes, pages), since, &taken);
              return to_array(taken);
            })
       .def("place",
@@ -82,6 +86,7 @@ void bind_frame_table(py::module_& m) {
       .def("set_pinned", &FrameTable::set_pinned, py::arg("lane"), py::arg("begin"), py::arg("end"),
            py::arg("pinned"))
       .def("drop", &FrameTable::drop, py::arg("lane"), py::arg("begin"))
+      .def("share", &FrameTable::share, py::arg("lane"), py::arg("source"), py::arg("num_pages"))
       .def_property_readonly("eviction_order", [](const FrameTable& frames) {
         py::list order;
         for (const PageId& id : frames.eviction_order())

@@ -124,11 +124,21 @@ void bind_page_file(py::module_& m) {
            py::arg("buffer").noconvert(), py::arg("rows"))
       .def("read", &read, py::arg("lanes"), py::arg("pages"), py::arg("buffer").noconvert(),
            py::arg("rows"))
-      .def("cut", &PageFile::cut, Release(), py::arg("lane"), py::arg("num_pages"))
+      .def("share", &PageFile::share, Release(), py::arg("lane"), py::arg("source"),
+           py::arg("num_pages"))
+      .def("num_shared", &PageFile::num_shared, py::arg("lane"), py::arg("other"))
       .def("commit", &PageFile::commit, Release(), py::arg("sync") = false)
-      .def("rollback", &PageFile::rollback, Release())
-      .def("refresh", &PageFile::refresh, Release())
-      .def("verify", &PageFile::verify, Release());
+      .def("mark", &PageFile::mark, Release())
+      .def("rollback", &PageFile::rollback, Release(), py::arg("mark") = -1)
+      .def("refresh",
+           [](PageFile& file) {
+             const py::gil_scoped_release release;
+             std::vector<int64_t> changed = file.refresh();
+             const py::gil_scoped_acquire acquire;
+             return to_array(changed);
+           })
+      .def("verify", &PageFile::verify, Release())
+      .def("close_in_child", &PageFile::close_in_child);
 }
 
 }  // namespace longctx::host

@@ -38,9 +38,17 @@ int64_t FrameTable::capacity() const {
   return capacity_;
 }
 
-int32_t FrameTable::find(PageId id) const {
-  return id.page < capacity_ ? (*table_)[id.lane * capacity_ + id.page] : -1;
+int64_t FrameTable::num_available() const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return available();
 }
+
+int64_t FrameTable::clock() const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return clock_;
+}
+
+int32_t FrameTable::find(PageId id) const { return id.page < capacity_ ? (*table_)[cell(id)] : -1; }
 
 void FrameTable::check(const std::vector<PageId>& pages) const {
   constexpr int64_t kMaxPage = int64_t{1} << 30;
@@ -53,16 +61,30 @@ void FrameTable::check(const std::vector<PageId>& pages) const {
 }
 
 void FrameTable::reserve(const std::vector<PageId>& pages) {
-  int64_t needed = capacity_;
+  int64_t needed = 0;
   for (const PageId& id : pages) needed = std::max(needed, id.page + 1);
+  reserve_pages(needed);
+}
+
+void FrameTable::reserve_pages(int64_t needed) {
   if (needed <= capacity_) return;
   const int64_t capacity = std::max<int64_t>({needed, 2 * capacity_, 64});
+  const size_t size = static_cast<size_t>(num_lanes_ * capacity);
   // Readers of the old table keep it: the pages they hold do not move.
-  auto table = std::make_shared<std::vector<int32_t>>(num_lanes_ * capacity, -1);
+  auto table = std::make_shared<std::vector<int32_t>>(size, -1);
+  std::vector<char> pinned(size, 0);
+  std::vector<int32_t> sharers(sharers_.empty() ? 0 : size);
   for (int64_t lane = 0; lane < num_lanes_; ++lane) {
-    std::copy_n(table_->begin() + lane * capacity_, capacity_, table->begin() + lane * capacity);
+    const int64_t from = lane * capacity_, to = lane * capacity;
+    std::copy_n(table_->begin() + from, capacity_, table->begin() + to);
+    std::copy_n(pinned_.begin() + from, capacity_, pinned.begin() + to);
+    if (sharers.empty()) continue;
+    std::fill_n(sharers.begin() + to, capacity, static_cast<int32_t>(lane));
+    std::copy_n(sharers_.begin() + from, capacity_, sharers.begin() + to);
   }
   table_ = std::move(table);
+  pinned_ = std::move(pinned);
+  sharers_ = std::move(sharers);
   capacity_ = capacity;
 }
 
@@ -79,7 +101,7 @@ void FrameTable::unlink(int32_t frame) {
 
 void FrameTable::update_listing(int32_t frame) {
   Frame& f = frames_[frame];
-  const bool evictable = f.id.lane >= 0 && f.holds == 0 && f.backed && !f.pinned && !f.loading;
+  const bool evictable = f.id.lane >= 0 && f.holds == 0 && f.backed && f.pins == 0 && !f.loading;
   if (evictable == f.listed) return;
   if (!evictable) return unlink(frame);
   f.previous = newest_;
@@ -92,7 +114,8 @@ void FrameTable::update_listing(int32_t frame) {
 
 void FrameTable::free_frame(int32_t frame) {
   unlink(frame);
-  slot(frames_[frame].id) = -1;
+  if (frames_[frame].ahead) ++stats_.read_ahead_unused;
+  forget(frames_[frame].id);
   frames_[frame] = {};
   free_.push_back(frame);
 }
@@ -105,29 +128,43 @@ int32_t FrameTable::take_frame(PageId id) {
   const int32_t frame = free_.back();
   free_.pop_back();
   frames_[frame].id = id;
-  slot(id) = frame;
+  set_frame(id, frame);
+  return frame;
+}
+
+int32_t FrameTable::take_frame_to_fill(PageId id) {
+  const int32_t frame = take_frame(id);
+  Frame& f = frames_[frame];
+  f.backed = true;
+  f.loading = true;
+  f.used = clock_;
   return frame;
 }
 
 void FrameTable::require_frames(const std::vector<PageId>& pages) const {
   std::vector<PageId> distinct = pages;
+  if (!sharers_.empty()) {
+    for (PageId& id : distinct) {
+      if (id.page < capacity_) id.lane = first_sharer(id);
+    }
+  }
   const auto before = [](const PageId& a, const PageId& b) {
     return a.lane != b.lane ? a.lane < b.lane : a.page < b.page;
   };
   std::sort(distinct.begin(), distinct.end(), before);
-  int64_t missing = 0, available = num_available();
+  int64_t missing = 0, unused = available();
   for (size_t i = 0; i < distinct.size(); ++i) {
     if (i > 0 && !before(distinct[i - 1], distinct[i])) continue;
     const int32_t frame = find(distinct[i]);
     if (frame < 0) {
       ++missing;
     } else if (frames_[frame].listed) {
-      --available;  // it stays for this call
+      --unused;  // it stays for this call
     }
   }
-  if (missing <= available) return;
+  if (missing <= unused) return;
   throw NoFrameError("longctx: " + std::to_string(missing) + " pages need a frame; of " +
-                     std::to_string(num_frames()) + " frames " + std::to_string(available) +
+                     std::to_string(num_frames()) + " frames " + std::to_string(unused) +
                      " hold neither pinned pages nor pages in use");
 }
 
@@ -139,26 +176,29 @@ void FrameTable::acquire(const std::vector<PageId>& pages, std::vector<int32_t>*
   reserve(pages);
   frames->assign(pages.size(), -1);
   loads->assign(pages.size(), 0);
+  ++clock_;
   const auto hold = [this](int32_t frame) {
-    ++frames_[frame].holds;
+    Frame& f = frames_[frame];
+    ++f.holds;
+    f.used = clock_;
     update_listing(frame);
     return frame;
   };
   // Those that are there are held first: they must not leave for the others.
   for (size_t i = 0; i < pages.size(); ++i) {
     const int32_t frame = find(pages[i]);
-    if (frame >= 0) (*frames)[i] = hold(frame);
+    if (frame < 0) continue;
+    Frame& f = frames_[frame];
+    ++(f.loading ? stats_.misses : stats_.hits);
+    if (f.ahead && !f.loading) ++stats_.read_ahead_hits;
+    f.ahead = false;
+    (*frames)[i] = hold(frame);
   }
   for (size_t i = 0; i < pages.size(); ++i) {
-    if ((*frames)[i] >= 0) {
-      ++stats_.hits;
-      continue;
-    }
-    int32_t frame = find(pages[i]);
+    if ((*frames)[i] >= 0) continue;
+    int32_t frame = find(pages[i]);  // there by now if another lane of this call shares it
     if (frame < 0) {
-      frame = take_frame(pages[i]);
-      frames_[frame].backed = true;
-      frames_[frame].loading = true;
+      frame = take_frame_to_fill(pages[i]);
       (*loads)[i] = 1;
     }
     ++stats_.misses;
@@ -166,16 +206,17 @@ void FrameTable::acquire(const std::vector<PageId>& pages, std::vector<int32_t>*
   }
 }
 
-void FrameTable::acquire_ahead(const std::vector<PageId>& pages, std::vector<int32_t>* frames) {
+void FrameTable::acquire_ahead(const std::vector<PageId>& pages, int64_t since,
+                               std::vector<int32_t>* frames) {
   check(pages);
   const std::lock_guard<std::mutex> lock(mutex_);
   reserve(pages);
   frames->assign(pages.size(), -1);
   for (size_t i = 0; i < pages.size(); ++i) {
-    if (find(pages[i]) >= 0 || num_available() == 0) continue;
-    const int32_t frame = take_frame(pages[i]);
-    frames_[frame].backed = true;
-    frames_[frame].loading = true;
+    if (find(pages[i]) >= 0) continue;
+    if (free_.empty() && (oldest_ < 0 || frames_[oldest_].used > since)) return;
+    const int32_t frame = take_frame_to_fill(pages[i]);
+    frames_[frame].ahead = true;
     frames_[frame].holds = 1;
     (*frames)[i] = frame;
     ++stats_.read_ahead;
@@ -193,7 +234,8 @@ void FrameTable::place(const std::vector<PageId>& pages, std::vector<int32_t>* f
     if (frame < 0) frame = take_frame(pages[i]);
     Frame& f = frames_[frame];
     f.backed = false;
-    f.pinned = true;
+    f.ahead = false;
+    set_pin(pages[i], true);
     ++f.holds;
     update_listing(frame);
     (*frames)[i] = frame;
@@ -218,7 +260,7 @@ void FrameTable::abandon(const std::vector<int32_t>& frames) {
     const std::lock_guard<std::mutex> lock(mutex_);
     for (const int32_t frame : frames) {
       Frame& f = frames_[frame];
-      slot(f.id) = -1;
+      forget(f.id);
       f.id = {-1, -1};
       f.loading = false;
       release_one(frame);
@@ -233,7 +275,7 @@ bool FrameTable::wait_loaded(const std::vector<PageId>& pages, const std::vector
   for (size_t i = 0; i < frames.size(); ++i) {
     const Frame& f = frames_[frames[i]];
     changed_.wait(lock, [&f] { return !f.loading; });
-    all &= f.id.lane == pages[i].lane && f.id.page == pages[i].page;
+    all &= find(pages[i]) == frames[i];
   }
   return all;
 }
@@ -271,23 +313,8 @@ void FrameTable::set_pinned(int64_t lane, int64_t begin, int64_t end, bool pinne
   for (int64_t page = std::max<int64_t>(begin, 0); page < std::min(end, capacity_); ++page) {
     const int32_t frame = find({lane, page});
     if (frame < 0) continue;
-    frames_[frame].pinned = pinned;
+    set_pin({lane, page}, pinned);
     update_listing(frame);
-  }
-}
-
-void FrameTable::drop(int64_t lane, int64_t begin) {
-  check({{lane, begin}});
-  const std::lock_guard<std::mutex> lock(mutex_);
-  for (int64_t page = begin; page < capacity_; ++page) {
-    const int32_t frame = find({lane, page});
-    if (frame >= 0 && frames_[frame].holds > 0) {
-      throw std::runtime_error("longctx: a page that is being read cannot be dropped");
-    }
-  }
-  for (int64_t page = begin; page < capacity_; ++page) {
-    const int32_t frame = find({lane, page});
-    if (frame >= 0) free_frame(frame);
   }
 }
 

@@ -7,7 +7,6 @@
 
 #include <algorithm>
 #include <cerrno>
-#include <cstdlib>
 #include <cstring>
 
 #include "checksum.h"
@@ -37,7 +36,8 @@ PageFile::PageFile(std::string path, const PageGeometry& geometry, bool writable
       geometry_(geometry),
       writable_(writable),
       pool_(num_threads),
-      lanes_(static_cast<size_t>(geometry.num_lanes())) {}
+      lanes_(static_cast<size_t>(geometry.num_lanes())),
+      changed_(lanes_.size()) {}
 
 std::unique_ptr<PageFile> PageFile::create(const std::string& path, const PageGeometry& geometry,
                                            bool overwrite, bool direct, int num_threads) {
@@ -113,7 +113,6 @@ std::unique_ptr<PageFile> PageFile::open(const std::string& path, bool writable,
   if (direct) file->open_direct();
   file->committed_ = file->read_commit_record();
   file->replay(static_cast<int64_t>(file->committed_.num_entries));
-  file->freed_.clear();  // their room was given back when they were committed
   const int64_t slot = file->geometry_.slot_bytes();
   file->num_segments_ = std::max<int64_t>(0, file->file_size() - kFirstSegment) /
                         (segment_offset(1, slot) - segment_offset(0, slot));
@@ -128,6 +127,11 @@ void PageFile::open_direct() {
   }
   direct_ = FileDescriptor(::open(path_.c_str(), O_RDONLY | O_DIRECT | O_CLOEXEC));
   if (!direct_.is_open()) fail("cannot be read past the page cache: " + errno_text(errno));
+}
+
+void PageFile::close_in_child() {
+  file_.close();
+  direct_.close();
 }
 
 int64_t PageFile::num_pages(int64_t lane) const {
@@ -171,91 +175,6 @@ void PageFile::check_lane(int64_t lane) const {
 
 void PageFile::check_writable() const {
   if (!writable_) fail("is open for reading only");
-}
-
-CommitRecord PageFile::read_commit_record() const {
-  // A writer at work may be met in the middle of a record, so a bad one is looked at again.
-  constexpr int kTries = 200;
-  for (int tries = 1;; ++tries) {
-    CommitRecord records[kCommitRecords] = {};
-    int damaged = -1;
-    for (int i = 0; i < kCommitRecords; ++i) {
-      size_t done = 0;
-      const int error = file_.read_at(&records[i], sizeof(CommitRecord), record_offset(i), &done);
-      if (error != 0) fail("cannot be read: " + errno_text(error));
-      if (done < sizeof(CommitRecord))
-        fail("is truncated: commit record " + std::to_string(i) + " is missing");
-      if (records[i].checksum != checksum_of(records[i])) damaged = i;
-    }
-    const bool second = records[1].sequence > records[0].sequence;
-    const CommitRecord& newest = records[second ? 1 : 0];
-    const CommitRecord& other = records[second ? 0 : 1];
-    if (damaged < 0 && newest.sequence == other.sequence + 1) return newest;
-    if (tries == kTries) {
-      fail("is damaged: commit record " + std::to_string(damaged < 0 ? 0 : damaged) +
-           " is not what was written");
-    }
-    usleep(50);
-  }
-}
-
-void PageFile::replay(int64_t end) {
-  const int64_t slot = geometry_.slot_bytes();
-  const int64_t size = file_size();
-  std::vector<PageEntry> entries(kSegmentEntries);
-  while (num_entries_ < end) {
-    const int64_t first = num_entries_;
-    const int64_t count = std::min(end - first, kSegmentEntries - first % kSegmentEntries);
-    size_t done = 0;
-    const int error =
-        file_.read_at(entries.data(), count * sizeof(PageEntry), entry_offset(first, slot), &done);
-    if (error != 0) fail("cannot be read: " + errno_text(error));
-    for (int64_t i = 0; i < count; ++i) {
-      const PageEntry& entry = entries[i];
-      const std::string which =
-          "page number " + std::to_string(first + i) + " of " + std::to_string(end);
-      if (done < (i + 1) * sizeof(PageEntry))
-        fail("is truncated: the entry of " + which + " is missing");
-      if (entry.checksum != checksum_of(entry) ||
-          entry.number != static_cast<uint64_t>(first + i)) {
-        fail("is damaged: the entry of " + which + " is not what was written");
-      }
-      const int64_t slot_end = slot_offset(first + i, slot) + geometry_.page_bytes();
-      if (entry.kind == kPage && slot_end > size) {
-        fail("is truncated: " + name({entry.lane, entry.page}) + " ends at byte " +
-             std::to_string(slot_end) + ", the file at byte " + std::to_string(size));
-      }
-      apply(entry, first + i);
-    }
-    num_entries_ = first + count;
-  }
-}
-
-void PageFile::apply(const PageEntry& entry, int64_t number) {
-  const bool known = entry.kind == kPage || entry.kind == kCut;
-  if (!known || entry.lane >= lanes_.size() || entry.page > lanes_[entry.lane].size() ||
-      entry.num_tokens > geometry_.page_size) {
-    fail("is damaged: entry " + std::to_string(number) + " does not fit those before it");
-  }
-  std::vector<Stored>& pages = lanes_[entry.lane];
-  for (size_t page = entry.page; page < pages.size(); ++page) freed_.push_back(pages[page].entry);
-  pages.resize(entry.page);
-  if (entry.kind == kPage) {
-    pages.push_back({number, entry.num_tokens, entry.page_checksum});
-  } else {
-    freed_.push_back(number);
-  }
-}
-
-bool PageFile::refresh() {
-  if (writable_) return false;
-  const std::unique_lock<std::shared_mutex> lock(mutex_);
-  const CommitRecord newest = read_commit_record();
-  if (newest.sequence == committed_.sequence) return false;
-  replay(static_cast<int64_t>(newest.num_entries));
-  freed_.clear();
-  committed_ = newest;
-  return true;
 }
 
 }  // namespace longctx::host

@@ -3,11 +3,13 @@
 #pragma once
 #include <atomic>
 #include <cstdint>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <shared_mutex>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "file_descriptor.h"
@@ -47,27 +49,42 @@ class PageFile {
   // commit().
   void append(const std::vector<PageId>& pages, const std::vector<int64_t>& num_tokens,
               const std::vector<const void*>& addresses);
-  // Leaves the lane its first `num_pages` pages; the disk gets the others' room back at the next
-  // commit.
-  void cut(int64_t lane, int64_t num_pages);
+  // Gives the lane the first `num_pages` pages of `source`, another sequence of its layer and head,
+  // in place of what it has: they are stored once. With the lane itself as source it is cut. Needs
+  // no room: it is written down with the next pages or the next commit, which also gives the disk
+  // back the room of pages that no lane has any more.
+  void share(int64_t lane, int64_t source, int64_t num_pages);
+  // How many first pages the two lanes share.
+  int64_t num_shared(int64_t lane, int64_t other) const;
   // What was appended and cut until now survives the end of this process; with `sync` that of the
   // machine.
   void commit(bool sync);
-  // Forgets what was appended and cut since the last commit.
-  void rollback();
+  // Writes down what was shared and cut: a point that rollback() can go back to.
+  int64_t mark();
+  // Forgets what was appended, shared and cut since mark(), or with -1 since the last commit.
+  void rollback(int64_t mark);
 
   // Reads page i to addresses[i] (page_bytes each) and compares its checksum.
   void read(const std::vector<PageId>& pages, const std::vector<void*>& addresses);
-  // Sees what the writer has committed since; says whether there was anything.
-  bool refresh();
+  // Sees what the writer has committed since: of each lane, from which page on it is not what it
+  // was. Empty if nothing was committed.
+  std::vector<int64_t> refresh();
   // Reads every page and compares its checksum.
   void verify();
+  // In a forked child, which has inherited the open file and with it the lock: lets go of both, so
+  // that they end with the parent. Takes no mutex, since threads that are not here may hold them.
+  void close_in_child();
 
  private:
   struct Stored {
     int64_t entry;
     uint32_t num_tokens;
     uint32_t checksum;
+  };
+  // Of a lane that was cut or got pages of another since the last entry was written.
+  struct Cut {
+    int64_t source;
+    int64_t num_pages;
   };
   enum class ReadResult { kGood, kShort, kDamaged, kFailed };
 
@@ -76,6 +93,11 @@ class PageFile {
   CommitRecord read_commit_record() const;
   void replay(int64_t end);
   void apply(const PageEntry& entry, int64_t number);
+  void apply_cuts(const std::vector<std::pair<int64_t, Cut>>& cuts);
+  bool are_alike(int64_t lane, int64_t other) const;
+  int64_t common_pages(int64_t lane, int64_t other) const;
+  void free_pages(int64_t lane, int64_t begin);
+  int flush_cuts();
   void check_order(const std::vector<PageId>& pages, const std::vector<int64_t>& num_tokens) const;
   int write_entries(const std::vector<PageEntry>& entries) const;
   int reserve_segments(int64_t num_entries);
@@ -96,10 +118,14 @@ class PageFile {
   mutable ReadPool pool_;
   mutable std::shared_mutex mutex_;         // of everything below
   std::vector<std::vector<Stored>> lanes_;  // [num_lanes][pages of the lane]
-  std::vector<int64_t> freed_;  // entries whose slots go back to the disk at the next commit
+  std::vector<int64_t> freed_;   // entries whose slots go back to the disk at the next commit
+  std::map<int64_t, Cut> cuts_;  // by lane; sources count as they are in the file
+  std::vector<std::pair<int64_t, Cut>> replayed_cuts_;  // of a group that is not complete
+  std::vector<int64_t> changed_;  // [num_lanes] the first page that replay() has changed
   CommitRecord committed_{};
   int64_t num_entries_ = 0;   // committed or not
   int64_t num_segments_ = 0;  // with room on the disk
+  size_t freed_at_mark_ = 0;
   mutable std::atomic<int64_t> bytes_read_{0};
   std::atomic<int64_t> bytes_written_{0};
 };

@@ -31,32 +31,35 @@ void PageFile::fail_read(PageId id, const Stored& stored, ReadResult result, int
 }
 
 void PageFile::read(const std::vector<PageId>& pages, const std::vector<void*>& addresses) {
-  for (int tries = 0;; ++tries) {
-    std::vector<Stored> stored(pages.size());
-    {
-      const std::shared_lock<std::shared_mutex> lock(mutex_);
-      for (size_t i = 0; i < pages.size(); ++i) {
-        check_lane(pages[i].lane);
-        const std::vector<Stored>& lane = lanes_[pages[i].lane];
-        if (pages[i].page < 0 || pages[i].page >= static_cast<int64_t>(lane.size())) {
-          fail("has no " + name(pages[i]) + ": the lane has " + std::to_string(lane.size()) +
-               " pages");
-        }
-        stored[i] = lane[pages[i].page];
+  std::vector<Stored> stored(pages.size());
+  {
+    const std::shared_lock<std::shared_mutex> lock(mutex_);
+    for (size_t i = 0; i < pages.size(); ++i) {
+      check_lane(pages[i].lane);
+      const std::vector<Stored>& lane = lanes_[pages[i].lane];
+      if (pages[i].page < 0 || pages[i].page >= static_cast<int64_t>(lane.size())) {
+        fail("has no " + name(pages[i]) + ": the lane has " + std::to_string(lane.size()) +
+             " pages");
       }
+      stored[i] = lane[pages[i].page];
     }
-    std::vector<ReadResult> results(pages.size());
-    std::vector<int> errors(pages.size());
-    pool_.run(static_cast<int64_t>(pages.size()),
-              [&](int64_t i) { results[i] = read_slot(stored[i], addresses[i], &errors[i]); });
-    const auto bad = std::find_if(results.begin(), results.end(),
-                                  [](ReadResult result) { return result != ReadResult::kGood; });
-    if (bad == results.end()) return;
-    // The writer may have cut the page and given its room back.
-    if (tries == 0 && refresh()) continue;
-    const size_t i = static_cast<size_t>(bad - results.begin());
-    fail_read(pages[i], stored[i], results[i], errors[i]);
   }
+  std::vector<ReadResult> results(pages.size());
+  std::vector<int> errors(pages.size());
+  pool_.run(static_cast<int64_t>(pages.size()),
+            [&](int64_t i) { results[i] = read_slot(stored[i], addresses[i], &errors[i]); });
+  const auto bad = std::find_if(results.begin(), results.end(),
+                                [](ReadResult result) { return result != ReadResult::kGood; });
+  if (bad == results.end()) return;
+  const size_t i = static_cast<size_t>(bad - results.begin());
+  if (!writable_) {
+    const std::shared_lock<std::shared_mutex> lock(mutex_);
+    if (read_commit_record().sequence != committed_.sequence) {
+      fail("has been written to, and " + name(pages[i]) +
+           " is not what it was: see what there is by `refresh`");
+    }
+  }
+  fail_read(pages[i], stored[i], results[i], errors[i]);
 }
 
 void PageFile::verify() {

@@ -67,10 +67,12 @@ void PageFile::append(const std::vector<PageId>& pages, const std::vector<int64_
   check_writable();
   const std::lock_guard<std::mutex> append_lock(append_mutex_);
   check_order(pages, num_tokens);
+  if (pages.empty()) return;
   const auto full = [this](PageId id, int error) {
     fail("is full: " + name(id) + " was not stored (" + errno_text(error) +
          "); what was committed stays readable");
   };
+  if (const int error = flush_cuts(); error != 0) full(pages.front(), error);
   const int64_t slot = geometry_.slot_bytes();
   std::vector<PageEntry> entries(pages.size());
   for (size_t i = 0; i < pages.size(); ++i) {
@@ -96,27 +98,54 @@ void PageFile::append(const std::vector<PageId>& pages, const std::vector<int64_
   bytes_written_ += static_cast<int64_t>(pages.size()) * geometry_.page_bytes();
 }
 
-void PageFile::cut(int64_t lane, int64_t num_pages) {
+void PageFile::share(int64_t lane, int64_t source, int64_t num_pages) {
   check_writable();
   check_lane(lane);
+  check_lane(source);
   const std::lock_guard<std::mutex> append_lock(append_mutex_);
-  const auto length = static_cast<int64_t>(lanes_[lane].size());
-  if (num_pages < 0 || num_pages > length) {
-    fail("cannot cut a lane of " + std::to_string(length) + " pages to " +
-         std::to_string(num_pages));
+  const auto length = static_cast<int64_t>(lanes_[source].size());
+  if (num_pages < 0 || num_pages > length || !are_alike(lane, source)) {
+    fail("cannot give lane " + std::to_string(lane) + " the first " + std::to_string(num_pages) +
+         " of " + std::to_string(length) + " pages of lane " + std::to_string(source));
   }
-  if (num_pages == length) return;
-  PageEntry entry{};
-  entry.number = static_cast<uint64_t>(num_entries_);
-  entry.lane = static_cast<uint32_t>(lane);
-  entry.page = static_cast<uint32_t>(num_pages);
-  entry.kind = kCut;
-  entry.checksum = checksum_of(entry);
-  int error = reserve_segments(num_entries_ + 1);
-  if (error == 0) error = write_entries({entry});
-  if (error != 0) fail("is full: a cut was not stored (" + errno_text(error) + ")");
+  if (lane == source && num_pages == length) return;
+  const auto earlier = cuts_.find(source);
+  const int64_t origin = earlier == cuts_.end() ? source : earlier->second.source;
+  cuts_[lane] = {origin, num_pages};
   const std::unique_lock<std::shared_mutex> lock(mutex_);
-  apply(entry, num_entries_++);
+  apply_cuts({{lane, {source, num_pages}}});
+}
+
+int PageFile::flush_cuts() {
+  std::vector<PageEntry> entries;
+  for (const auto& [lane, cut] : cuts_) {
+    PageEntry entry{};
+    entry.number = static_cast<uint64_t>(num_entries_) + entries.size();
+    entry.lane = static_cast<uint32_t>(lane);
+    entry.page = static_cast<uint32_t>(cut.num_pages);
+    entry.num_tokens = static_cast<uint32_t>(cuts_.size() - entries.size() - 1);
+    entry.kind = kCut;
+    entry.page_checksum = static_cast<uint32_t>(cut.source);
+    entry.checksum = checksum_of(entry);
+    entries.push_back(entry);
+  }
+  if (entries.empty()) return 0;
+  int error = reserve_segments(num_entries_ + static_cast<int64_t>(entries.size()));
+  if (error == 0) error = write_entries(entries);
+  if (error != 0) return error;
+  for (const PageEntry& entry : entries) freed_.push_back(static_cast<int64_t>(entry.number));
+  num_entries_ += static_cast<int64_t>(entries.size());
+  cuts_.clear();
+  return 0;
+}
+
+int64_t PageFile::mark() {
+  check_writable();
+  const std::lock_guard<std::mutex> append_lock(append_mutex_);
+  const int error = flush_cuts();
+  if (error != 0) fail("is full: a cut was not stored (" + errno_text(error) + ")");
+  freed_at_mark_ = freed_.size();
+  return num_entries_;
 }
 
 void PageFile::commit(bool sync) {
@@ -126,11 +155,13 @@ void PageFile::commit(bool sync) {
     if (sync && fdatasync(file_.get()) != 0)
       fail("was not written to the disk: " + errno_text(errno));
   };
+  int error = flush_cuts();
+  if (error != 0) fail("was not committed: it is full (" + errno_text(error) + ")");
   if (committed_.num_entries == static_cast<uint64_t>(num_entries_)) return flush();
   flush();
   CommitRecord record{committed_.sequence + 1, static_cast<uint64_t>(num_entries_), 0, 0};
   record.checksum = checksum_of(record);
-  const int error = file_.write_at(&record, sizeof(record), record_offset(record.sequence));
+  error = file_.write_at(&record, sizeof(record), record_offset(record.sequence));
   if (error != 0) fail("was not committed: " + errno_text(error));
   flush();
   const std::unique_lock<std::shared_mutex> lock(mutex_);
@@ -144,15 +175,22 @@ void PageFile::commit(bool sync) {
   freed_.clear();
 }
 
-void PageFile::rollback() {
+void PageFile::rollback(int64_t mark) {
   check_writable();
   const std::lock_guard<std::mutex> append_lock(append_mutex_);
   const std::unique_lock<std::shared_mutex> lock(mutex_);
-  if (committed_.num_entries == static_cast<uint64_t>(num_entries_)) return;
+  const auto committed = static_cast<int64_t>(committed_.num_entries);
+  if (mark > num_entries_ || (mark >= 0 && mark < committed)) {
+    fail("cannot go back to entry " + std::to_string(mark));
+  }
+  if (mark == num_entries_ && cuts_.empty()) return;
+  std::vector<int64_t> freed = std::move(freed_);
+  freed.resize(mark < 0 ? 0 : freed_at_mark_);
   for (std::vector<Stored>& pages : lanes_) pages.clear();
+  cuts_.clear();
   num_entries_ = 0;
-  replay(static_cast<int64_t>(committed_.num_entries));
-  freed_.clear();
+  replay(mark < 0 ? committed : mark);
+  freed_ = std::move(freed);
 }
 
 }  // namespace longctx::host

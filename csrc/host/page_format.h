@@ -18,7 +18,7 @@ namespace longctx::host {
 constexpr int64_t kBlockBytes = 4096;
 constexpr int64_t kCommitRecords = 2;
 constexpr char kMagic[8] = {'l', 'c', 't', 'x', 'p', 'a', 'g', 'e'};
-constexpr uint32_t kFormatVersion = 1;
+constexpr uint32_t kFormatVersion = 2;
 
 // A page holds `page_size` rows of K, then as many of V, of one layer, batch entry and kv head: a
 // "lane", numbered (layer * batch + sequence) * num_kv_heads + head.
@@ -60,7 +60,10 @@ struct CommitRecord {
 
 enum EntryKind : uint32_t {
   kPage = 1,  // page `page` of `lane` is in this entry's slot; pages behind it are gone
-  kCut = 2,   // `lane` has its first `page` pages; the slot is unused
+  // `lane` has the first `page` pages of lane `source`, which may be itself; the slot is unused.
+  // Cuts that follow each other count from what the lanes were before the first of them, and apply
+  // together with the last: `num_tokens` says how many are to come.
+  kCut = 2,
 };
 
 struct PageEntry {
@@ -69,8 +72,8 @@ struct PageEntry {
   uint32_t page;
   uint32_t num_tokens;  // rows in use, at most page_size; only a lane's last page may have fewer
   uint32_t kind;
-  uint32_t page_checksum;
-  uint32_t checksum;  // of the fields before
+  uint32_t page_checksum;  // of a cut: its source
+  uint32_t checksum;       // of the fields before
 };
 static_assert(sizeof(PageEntry) == 32, "a block holds a whole number of entries");
 

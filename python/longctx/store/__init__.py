@@ -5,10 +5,13 @@ from longctx.store.errors import PageStoreError
 from longctx.store.geometry import PageGeometry
 from longctx.store.layer import StoreLayer
 from longctx.store.page_store import PageStore
+from longctx.store.selection import neighbours
+from longctx.store.sequences import Claim
 from longctx.store.stats import StoreStats
 from longctx.store.summary import PageSummary
 
 __all__ = [
+    "Claim",
     "PageGeometry",
     "PageStore",
     "PageStoreError",
@@ -17,4 +20,5 @@ __all__ = [
     "StoreStats",
     "TierPart",
     "attend_tiers",
+    "neighbours",
 ]

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Sequence
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from longctx.store._host import NoFrameError, PageFile, PageFileError
+from longctx.store._host import PageFile
 from longctx.store.errors import PageStoreError, as_store_error
 from longctx.store.geometry import PageGeometry
 from longctx.store.layer import StoreLayer
+from longctx.store.selection import Lengths
+from longctx.store.sequences import Claim, Sequences
 from longctx.store.stats import StoreStats
-from longctx.store.tier import Frames, Lanes, Pages, Tier
+from longctx.store.tier import Tier
+from longctx.store.tiers import Tiers
 
 
 class PageStore:
@@ -144,76 +145,88 @@ class PageStore:
             layer.load()
         return store
 
-    def _setup(
-        self,
-        geometry: PageGeometry,
-        file: PageFile | None,
-        *,
-        max_host_bytes: int,
-        max_device_bytes: int,
-        device: torch.device | str,
-        num_first_pages: int,
-        num_last_pages: int,
-        read_ahead: bool,
-    ) -> None:
-        if num_first_pages < 0 or num_last_pages < 1:
-            raise ValueError("longctx: `num_first_pages` must not be negative and `num_last_pages` at least 1")
+    def _setup(self, geometry: PageGeometry, file: PageFile | None, **options: Any) -> None:
         self.geometry = geometry
-        self.file = file
-        self.num_first_pages = num_first_pages
-        self.num_last_pages = num_last_pages
-        self.host = Tier(geometry, max_host_bytes, torch.device("cpu"))
-        self.device = Tier(geometry, max_device_bytes, torch.device(device)) if max_device_bytes > 0 else None
-        self.tiers = [self.host] if self.device is None else [self.host, self.device]
-        # New tokens are written to the fastest tier; pinned pages stay there.
-        self.top = self.device if self.device is not None else self.host
-        self.layers = [StoreLayer(self, index) for index in range(geometry.num_layers)]
-        self.read_ahead = read_ahead
-        self._reader: ThreadPoolExecutor | None = None
-        self._reading: Future[None] | None = None
-        self.closed = False
-        self._device_hits = 0
+        self.tiers = Tiers(geometry, file, **options)
+        self.layers = [StoreLayer(self.tiers, index) for index in range(geometry.num_layers)]
+        self._sequences = Sequences(geometry.batch)
+
+    @property
+    def file(self) -> PageFile | None:
+        return self.tiers.file
+
+    @property
+    def host(self) -> Tier:
+        return self.tiers.host
+
+    @property
+    def device(self) -> Tier | None:
+        return self.tiers.device
+
+    @property
+    def top(self) -> Tier:
+        """The fastest tier, where new tokens are written."""
+        return self.tiers.top
 
     # ---- tokens ----------------------------------------------------------------------------------
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that every layer has."""
-        return min(layer.num_tokens for layer in self.layers)
+        """Tokens that every layer has, of the longest sequence."""
+        return int(self.lengths.max())
 
-    def rewind(self, num_tokens: int) -> None:
-        """Keeps the first `num_tokens` tokens of every layer."""
+    @property
+    def lengths(self) -> Lengths:
+        """int64 `[batch]`, tokens of each sequence that every layer has."""
+        return np.min([layer.lengths for layer in self.layers], axis=0)  # type: ignore[no-any-return]
+
+    def rewind(self, num_tokens: int | Lengths) -> None:
+        """Keeps the first tokens of every sequence, in every layer: as many for all, or int64 `[batch]`."""
+        lengths = np.broadcast_to(num_tokens, self.geometry.batch).tolist()
         for layer in self.layers:
-            layer.rewind(num_tokens)
+            for sequence, length in enumerate(lengths):
+                layer.rewind(length, sequences=range(sequence, sequence + 1))
 
     def commit(self, *, sync: bool = False) -> None:
         """Makes the tokens so far survive this process, those of pages that are not full yet included.
 
         Full pages are committed as they fill. With `sync` they survive a power cut too.
         """
+        self.tiers.check_open()
         if self.file is not None:
             for layer in self.layers:
-                layer.write_partial_page()
+                layer.write_partial_pages()
             with as_store_error():
                 self.file.commit(sync)
 
     def refresh(self) -> bool:
         """A reader's view of what the writer has committed since; says whether there was anything."""
-        if self.file is None or not self.file.refresh():
+        self.tiers.check_open()
+        if self.file is None:
+            return False
+        self.settle()
+        with as_store_error():
+            changed = self.file.refresh()
+        if not len(changed):
             return False
         for layer in self.layers:
-            layer.load()
+            layer.load(changed)
         return True
 
+    def settle(self) -> None:
+        """Waits for pages that are being brought in the background."""
+        if self.tiers.ahead is not None:
+            self.tiers.ahead.settle()
+
     def close(self, *, commit: bool = True) -> None:
-        """Commits the pages that are not full yet too, and closes the file for another writer."""
-        if self._reader is not None:
-            self._reader.shutdown()
-            self._reader = None
-        if commit and self.file is not None and self.file.writable:
+        """Commits the pages that are not full yet too, and closes the file for another writer. Twice is once.
+
+        If there is no room for them on the disk, the store stays open: make room, or close without `commit`.
+        """
+        if commit and self.tiers.owned and self.file is not None and self.file.writable:
+            self._empty_abandoned()
             self.commit()
-        self.file = None
-        self.closed = True
+        self.tiers.close()
 
     def __enter__(self) -> PageStore:
         return self
@@ -223,14 +236,76 @@ class PageStore:
     ) -> None:
         self.close(commit=kind is None)
 
+    # ---- sequences -------------------------------------------------------------------------------
+
+    def claim(self, sequences: Sequence[int], *, temporary: bool = False) -> Claim:
+        """Hands sequences to one cache; a cache that had them has them no longer.
+
+        With `temporary` they are emptied when the claim is gone: those of a fork.
+        """
+        return self._sequences.claim(sequences, temporary=temporary)
+
+    def unused(self, count: int) -> list[int]:
+        """Sequences without tokens that no cache has, neighbours if there are such.
+
+        Raises:
+            PageStoreError: there are too few.
+        """
+        self._empty_abandoned()
+        free = [s for s in self._sequences.free() if not any(layer.lengths[s] for layer in self.layers)]
+        if len(free) < count:
+            raise PageStoreError(
+                f"longctx: {count} more sequences are needed; the page store was made for {self.geometry.batch} "
+                f"(`batch` of its geometry), of which {len(free)} are free"
+            )
+        for first in free:
+            if all(first + i in free for i in range(count)):
+                return list(range(first, first + count))
+        return free[:count]
+
+    def with_tokens(self) -> list[int]:
+        """Sequences that hold tokens and belong to no fork."""
+        self._empty_abandoned()
+        lengths = self.lengths
+        return [s for s in range(self.geometry.batch) if lengths[s] and not self._sequences.is_temporary(s)]
+
+    def share(self, copies: Sequence[tuple[int, int]]) -> None:
+        """Makes sequences what others are: `(sequence, source)` each. Full pages are stored once.
+
+        Raises:
+            PageStoreError: no frames for pages that are not full; nothing has changed.
+        """
+        g, top = self.geometry, self.top.frames
+        partial = sum(bool(layer.lengths[source] % g.page_size) for layer in self.layers for _, source in copies)
+        if partial * g.num_kv_heads > top.num_available:
+            raise self.tiers.no_room(
+                f"longctx: {partial * g.num_kv_heads} pages that are not full need a frame of their own"
+            )
+        for sequence, source in copies:
+            for layer in self.layers:
+                layer.share(sequence, source)
+
+    def empty(self, sequences: Sequence[int]) -> None:
+        """Forgets all tokens of sequences."""
+        for layer in self.layers:
+            for sequence in sequences:
+                layer.rewind(0, sequences=range(sequence, sequence + 1))
+
+    def _empty_abandoned(self) -> None:
+        self.empty(self._sequences.take_abandoned())
+
+    # ---- numbers ---------------------------------------------------------------------------------
+
     @property
     def stats(self) -> StoreStats:
         host = self.host.frames.stats
         return StoreStats(
-            device_hits=self._device_hits,
+            device_hits=self.tiers.device_hits,
             host_hits=host["hits"],
             misses=host["misses"],
             read_ahead=host["read_ahead"],
+            read_ahead_hits=host["read_ahead_hits"],
+            read_ahead_unused=host["read_ahead_unused"],
             evictions=host["evictions"],
             bytes_read=self.file.bytes_read if self.file is not None else 0,
             bytes_written=self.file.bytes_written if self.file is not None else 0,
@@ -241,142 +316,4 @@ class PageStore:
     def reset_stats(self) -> None:
         """Counts hits, misses and evictions from here."""
         self.host.frames.reset_stats()
-        self._device_hits = 0
-
-    # ---- pages: what layers are made of ----------------------------------------------------------
-
-    @contextlib.contextmanager
-    def hold_host(self, lanes: Lanes, pages: Pages) -> Iterator[Frames]:
-        """The host frames of the pages, which stay while the block runs; absent ones are read from the disk."""
-        frames = self._acquire(lanes, pages)
-        try:
-            yield frames
-        finally:
-            self.host.frames.release(frames)
-
-    @contextlib.contextmanager
-    def hold_device(self, lanes: Lanes, pages: Pages) -> Iterator[Frames]:
-        """The device frames of pages that are there, which stay while the block runs."""
-        assert self.device is not None
-        frames, _ = self.device.frames.acquire(lanes, pages)
-        self._device_hits += len(frames)
-        try:
-            yield frames
-        finally:
-            self.device.frames.release(frames)
-
-    def _acquire(self, lanes: Lanes, pages: Pages) -> Frames:
-        table = self.host.frames
-        while True:
-            frames, absent = table.acquire(lanes, pages)
-            self._load(lanes, pages, frames, absent)
-            if table.wait_loaded(lanes, pages, frames):
-                return frames  # type: ignore[no-any-return]
-            table.release(frames)  # a read of another thread failed: this one reads for itself
-
-    def _load(self, lanes: Lanes, pages: Pages, frames: Frames, absent: NDArray[np.bool_]) -> None:
-        """Fills the frames that are new; if that fails, gives all back."""
-        if not absent.any():
-            return
-        try:
-            if self.file is None:
-                raise PageStoreError(f"longctx: page {pages[absent][0]} is in no tier: the store is closed")
-            with as_store_error():
-                self.file.read(lanes[absent], pages[absent], self.host.bytes, frames[absent])
-        except BaseException:
-            self.host.frames.abandon(frames[absent])
-            self.host.frames.release(frames[~absent])
-            raise
-        self.host.frames.loaded(frames[absent])
-
-    def settle(self) -> None:
-        """Waits for pages that are being brought in the background."""
-        if self._reading is not None:
-            self._reading.result()
-
-    def prefetch(self, lanes: Lanes, pages: Pages) -> None:
-        """Brings pages to the host in the background; nothing if it is still bringing others."""
-        if self.file is None or (self._reading is not None and not self._reading.done()):
-            return
-        absent = ~self.host.resident(lanes, pages)
-        if self.device is not None:
-            absent &= ~self.device.resident(lanes, pages)
-        absent[self.host.num_frames // 4 :] = False
-        if not absent.any():
-            return
-        if self._reader is None:
-            self._reader = ThreadPoolExecutor(1, thread_name_prefix="longctx-store")
-        self._reading = self._reader.submit(self._read_ahead, lanes[absent], pages[absent])
-
-    def _read_ahead(self, lanes: Lanes, pages: Pages) -> None:
-        table = self.host.frames
-        frames = table.acquire_ahead(lanes, pages)
-        taken = frames >= 0
-        frames = frames[taken]
-        try:
-            assert self.file is not None
-            self.file.read(lanes[taken], pages[taken], self.host.bytes, frames)
-        except PageFileError:
-            table.abandon(frames)  # who needs the page reads it again and reports what is wrong
-        else:
-            table.loaded(frames)
-            table.release(frames)
-
-    def promote(self, lanes: Lanes, pages: Pages, frames: Frames) -> None:
-        """Copies pages from host frames to the device, as far as frames are free or evictable there."""
-        if self.device is None:
-            return
-        near = self.device.frames.acquire_ahead(lanes, pages)
-        taken = near >= 0
-        self.device.pages[torch.from_numpy(near[taken])] = self.host.pages[torch.from_numpy(frames[taken])].to(
-            self.device.device, non_blocking=True
-        )
-        self.device.frames.loaded(near[taken])
-        self.device.frames.release(near[taken])
-
-    def check_writable(self) -> None:
-        if self.closed:
-            raise PageStoreError("longctx: this page store is closed")
-        if self.file is not None and not self.file.writable:
-            raise PageStoreError(f"longctx: page file {self.file.path} is open for reading only")
-
-    def place(self, lanes: Lanes, pages: Pages) -> Frames:
-        """Frames of the top tier for pages that are about to be written; held and pinned."""
-        try:
-            return self.top.frames.place(lanes, pages)  # type: ignore[no-any-return]
-        except NoFrameError as error:
-            raise self.no_room(error) from None
-
-    def no_room(self, error: NoFrameError) -> PageStoreError:
-        limit = "max_device_bytes" if self.top is self.device else "max_host_bytes"
-        remedy = "or a `path` to store pages in" if self.file is None else "or fewer pinned pages"
-        return PageStoreError(f"{error}; the store needs more `{limit}` {remedy}")
-
-    def store_full(self, lanes: Lanes, pages: Pages, frames: Frames) -> None:
-        """Full pages in frames of the top tier go down to the host and to the disk, not committed yet."""
-        if self.top is not self.host:
-            below = self._place_on_host(lanes, pages)
-            try:
-                self.host.pages[torch.from_numpy(below)] = self.top.pages[torch.from_numpy(frames)].to("cpu")
-                self._write(lanes, pages, below)
-            finally:
-                self.host.frames.release(below)
-            for lane, page in zip(lanes.tolist(), pages.tolist(), strict=True):
-                self.host.frames.set_pinned(lane, page, page + 1, False)
-            self.top.frames.set_backed(lanes, pages, True)
-        else:
-            self._write(lanes, pages, frames)
-
-    def _place_on_host(self, lanes: Lanes, pages: Pages) -> Frames:
-        try:
-            return self.host.frames.place(lanes, pages)  # type: ignore[no-any-return]
-        except NoFrameError as error:
-            raise PageStoreError(f"{error}; the store needs more `max_host_bytes` or a `path`") from None
-
-    def _write(self, lanes: Lanes, pages: Pages, frames: Frames) -> None:
-        if self.file is None:
-            return
-        tokens = np.full(len(pages), self.geometry.page_size, dtype=np.int64)
-        with as_store_error():
-            self.file.append(lanes, pages, tokens, self.host.bytes, frames)
-        self.host.frames.set_backed(lanes, pages, True)
+        self.tiers.device_hits = 0

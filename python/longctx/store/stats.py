@@ -11,8 +11,10 @@ class StoreStats:
 
     Attributes:
         device_hits, host_hits: pages that attention asked for and found in that tier.
-        misses: pages that were read from the disk while attention waited.
-        read_ahead: pages that were read before they were asked for.
+        misses: pages that attention waited for while they were read from the disk.
+        read_ahead: pages that began to be read before they were asked for.
+        read_ahead_hits: of these, those that were there when they were asked for: host hits that were misses without.
+        read_ahead_unused: of these, those that left again without having been asked for.
         evictions: pages that left the host's frames for others.
         bytes_read, bytes_written: of the disk, since the store was opened.
         device_bytes, host_bytes: frames in use; never above `max_device_bytes`, `max_host_bytes`.
@@ -22,6 +24,8 @@ class StoreStats:
     host_hits: int
     misses: int
     read_ahead: int
+    read_ahead_hits: int
+    read_ahead_unused: int
     evictions: int
     bytes_read: int
     bytes_written: int
