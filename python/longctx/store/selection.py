@@ -120,6 +120,7 @@ def neighbours(ids: Iterable[int]) -> list[tuple[range, list[int]]]:
     """Sequences as runs that follow each other in the store: each with the rows of the call that they are.
 
     Example:
+        >>> from longctx.store import neighbours
         >>> neighbours([4, 0, 5, 1])
         [(range(0, 2), [1, 3]), (range(4, 6), [0, 2])]
     """
