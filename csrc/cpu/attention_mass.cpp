@@ -5,6 +5,7 @@
 #include <cmath>
 #include <limits>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "dense_chunk.h"
@@ -59,7 +60,7 @@ class Worker {
     const size_t lse = plan.add<double>(w_.heads * kPassRows);
     const size_t masks = plan.add<StripMask>(kPassStrips);
     const size_t chunk_masks = plan.add<ChunkMask>(kPassStrips);
-    const size_t chunk = plan.add<KeyChunk>(1);
+    const size_t chunks = plan.add<KeyChunk>(2);
     char* base = static_cast<char*>(thread_scratch(plan.bytes()));
     queries_ = base + queries;
     packed_ = base + packed;
@@ -70,7 +71,8 @@ class Worker {
     lse_ = base + lse;
     masks_ = reinterpret_cast<StripMask*>(base + masks);
     chunk_masks_ = reinterpret_cast<ChunkMask*>(base + chunk_masks);
-    chunk_ = reinterpret_cast<KeyChunk*>(base + chunk);
+    chunk_ = reinterpret_cast<KeyChunk*>(base + chunks);
+    next_ = chunk_ + 1;
     w_.engine.begin_thread();
   }
   ~Worker() { w_.engine.end_thread(); }
@@ -91,8 +93,11 @@ class Worker {
                           std::min(keys.end, visible_.back().end)};
       if (seen.begin >= seen.end) continue;
       load_rows(first, num_rows);
+      set_chunk(next_, seen.begin, seen.end);
       for (int64_t key = seen.begin; key < seen.end; key += kMassKeys) {
-        visit_chunk(key, seen.end);
+        std::swap(chunk_, next_);
+        set_chunk(next_, key + kMassKeys, seen.end);
+        visit_chunk(key);
       }
     }
   }
@@ -158,15 +163,15 @@ class Worker {
     }
   }
 
-  // The chunk of keys [key, end) that starts at `key`.
-  void visit_chunk(int64_t key, int64_t end) {
-    const int64_t count = std::min<int64_t>(kMassKeys, end - key);
-    upcoming_ = std::min<int64_t>(kMassKeys, end - key - count);
+  // The first keys of [key, end); empty behind its end.
+  void set_chunk(KeyChunk* chunk, int64_t key, int64_t end) const {
     const int64_t size = element_bytes(w_.p.dtype);
     const int64_t kv_head = first_head_ * w_.p.num_kv_heads / w_.p.num_q_heads;
-    set_dense_chunk(chunk_,
-                    row_address(w_.p.k, size, seq_.batch_index, kv_head, seq_.k_begin + key),
-                    w_.p.k.seq_stride, size, key, count);
+    set_dense_chunk(chunk, row_address(w_.p.k, size, seq_.batch_index, kv_head, seq_.k_begin + key),
+                    w_.p.k.seq_stride, size, key, clamp_index(end - key, 0, kMassKeys));
+  }
+
+  void visit_chunk(int64_t key) {
     bool any = false;
     for (int64_t strip = 0; strip < num_strips_; ++strip) {
       strip_seen_[strip] = masks_[strip].apply(*chunk_, &chunk_masks_[strip]);
@@ -174,23 +179,11 @@ class Worker {
     }
     if (!any) return;
     w_.engine.pack_chunk(shape_, *chunk_, false, packed_);
-    for (int64_t h = 0; h < w_.heads; ++h) visit_head(h, key, count);
+    for (int64_t h = 0; h < w_.heads; ++h) visit_head(h, key);
   }
 
-  // Keys come from memory slower than they are scored: each strip fetches its share of the next
-  // chunk (7% of the op at 32k keys).
-  void prefetch(int64_t share, int64_t num_shares) const {
-    const int64_t stride = w_.p.k.seq_stride * element_bytes(w_.p.dtype);
-    const char* next = static_cast<const char*>(chunk_->k_rows[0]) + kMassKeys * stride;
-    for (int64_t i = upcoming_ * share / num_shares; i < upcoming_ * (share + 1) / num_shares;
-         ++i) {
-      for (int64_t byte = 0; byte < w_.p.head_dim * element_bytes(w_.p.dtype); byte += 64) {
-        __builtin_prefetch(next + i * stride + byte, 0, 2);
-      }
-    }
-  }
-
-  void visit_head(int64_t h, int64_t key, int64_t count) {
+  void visit_head(int64_t h, int64_t key) {
+    const int64_t count = chunk_->num_keys;
     const int64_t num_slots = chunk_->num_slots();
     if (w_.key_mass != nullptr) std::fill_n(sums_, num_slots * kTracks, 0.0f);
     const int64_t track_elements = num_slots + num_strips_ * kStripRows - kTracks;
@@ -199,7 +192,10 @@ class Worker {
     }
     for (int64_t strip = 0; strip < num_strips_; ++strip) {
       if (!strip_seen_[strip]) continue;
-      prefetch(h * num_strips_ + strip, w_.heads * num_strips_);
+      // Each strip of each head fetches its share of the next chunk.
+      const int64_t share = h * num_strips_ + strip, num_shares = w_.heads * num_strips_;
+      chunk_->upcoming = {next_, next_->num_keys * share / num_shares,
+                          next_->num_keys * (share + 1) / num_shares};
       // p = exp(q k^T - lse)
       w_.engine.probabilities(shape_, queries(h, strip), *chunk_, packed_, chunk_masks_[strip],
                               lse_ + (h * kPassRows + strip * kStripRows) * lse_bytes(), tile_);
@@ -236,13 +232,12 @@ class Worker {
   float *sums_, *tracks_, *diagonals_;
   StripMask* masks_;
   ChunkMask* chunk_masks_;
-  KeyChunk* chunk_;
+  KeyChunk *chunk_, *next_;
   bool strip_seen_[kPassStrips];
   std::vector<Interval> visible_;
 
   Sequence seq_;
   int64_t first_head_ = 0, segment_ = 0, first_backwards_ = 0, num_rows_ = 0, num_strips_ = 0;
-  int64_t upcoming_ = 0;  // keys of the next chunk
 };
 
 // mass[segment] = the sum over the segment's keys.

@@ -13,6 +13,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 
 #include "amx_pack.h"
 #include "amx_products.h"
@@ -172,34 +173,60 @@ struct AmxStrip {
                                probabilities, state.out_t);
   }
 
+  // Calls f with the number of depth steps as a constant where loops are unrolled for it, else 0.
+  template <class F>
+  LONGCTX_ALWAYS_INLINE static void with_steps(int64_t steps, const F& f) {
+    switch (steps) {
+      case 1:
+        return f(std::integral_constant<int, 1>());
+      case 2:
+        return f(std::integral_constant<int, 2>());
+      case 3:
+        return f(std::integral_constant<int, 3>());
+      case 4:
+        return f(std::integral_constant<int, 4>());
+      case 8:
+        return f(std::integral_constant<int, 8>());
+      default:
+        return f(std::integral_constant<int, 0>());
+    }
+  }
+
+  // Lists the key tiles of a chunk that some row sees and calls hidden(tile) for the others.
+  template <class Hidden>
+  static int list_tiles(const KeyChunk& chunk, const ChunkMask& mask, int* tiles,
+                        const Hidden& hidden) {
+    int num_tiles = 0;
+    for (int tile = 0; tile < chunk.num_slots() / kKeyTile; ++tile) {
+      if (static_cast<Visibility>(mask.tiles[tile]) == Visibility::kNone) {
+        hidden(tile);
+      } else {
+        tiles[num_tiles++] = tile;
+      }
+    }
+    return num_tiles;
+  }
+
   static void accumulate(const StripShape& shape, const void* queries, const KeyChunk& chunk,
                          const void* packed, const ChunkMask& mask, void* memory) {
-    switch (depth_steps(shape)) {
-      case 1:
-        return accumulate_with<1>(shape, queries, chunk, packed, mask, memory);
-      case 2:
-        return accumulate_with<2>(shape, queries, chunk, packed, mask, memory);
-      case 3:
-        return accumulate_with<3>(shape, queries, chunk, packed, mask, memory);
-      case 4:
-        return accumulate_with<4>(shape, queries, chunk, packed, mask, memory);
-      case 8:
-        return accumulate_with<8>(shape, queries, chunk, packed, mask, memory);
-      default:
-        return accumulate_with<0>(shape, queries, chunk, packed, mask, memory);
-    }
+    with_steps(depth_steps(shape), [&](auto steps) {
+      accumulate_with<decltype(steps)::value>(shape, queries, chunk, packed, mask, memory);
+    });
   }
 
   // Brings the rows of the next chunk into L2, evenly spread over the tile products: a burst would
   // take the line fill buffers from the tile loads.
   struct Prefetcher {
-    Prefetcher(const StripShape& shape, const KeyChunk::Upcoming& next)
+    // To be fetched within `num_products` calls of advance.
+    Prefetcher(const StripShape& shape, const KeyChunk::Upcoming& next, bool with_values,
+               int64_t num_products)
         : chunk(next.chunk),
           row(2 * next.begin),
           end(2 * next.end),
+          rows((end - row + num_products - 1) / num_products),
           bytes{shape.head_dim * static_cast<int64_t>(sizeof(In)),
-                shape.head_dim_v * static_cast<int64_t>(sizeof(In))} {}
-    LONGCTX_ALWAYS_INLINE void advance(int64_t rows) {
+                with_values ? shape.head_dim_v * static_cast<int64_t>(sizeof(In)) : 0} {}
+    LONGCTX_ALWAYS_INLINE void advance() {
       for (const int64_t stop = std::min(row + rows, end); row < stop; ++row) {
         const void* const* keys = row % 2 == 0 ? chunk->k_rows : chunk->v_rows;
         const char* data = static_cast<const char*>(keys[row / 2]);
@@ -210,6 +237,7 @@ struct AmxStrip {
     }
     const KeyChunk* chunk;
     int64_t row, end;  // counts k and v rows alternately
+    int64_t rows;      // a product
     int64_t bytes[2];
   };
 
@@ -222,15 +250,10 @@ struct AmxStrip {
     alignas(64) float scores[2][kKeyTile * kStripRows];
     alignas(64) char probabilities[kGroupTiles * kProbabilityTile];
     int tiles[kChunkKeys / kKeyTile];
-    int num_tiles = 0;
-    for (int tile = 0; tile < chunk.num_slots() / kKeyTile; ++tile) {
-      if (static_cast<Visibility>(mask.tiles[tile]) != Visibility::kNone) tiles[num_tiles++] = tile;
-    }
+    const int num_tiles = list_tiles(chunk, mask, tiles, [](int) {});
     if (num_tiles == 0) return;
-    Prefetcher prefetcher(shape, chunk.upcoming);
-    const int64_t products = 4 * kNumProducts * std::max(kSteps, 1);
-    const int64_t rows_per_product =
-        (prefetcher.end - prefetcher.row + num_tiles * products - 1) / (num_tiles * products);
+    constexpr int kProducts = 4 * kNumProducts * std::max(kSteps, 1);  // of a tile
+    Prefetcher prefetcher(shape, chunk.upcoming, true, num_tiles * kProducts);
     int first = 0;  // of the group
     const auto add_values = [&](int count) {
       multiply_values<kNumParts>(values, value_tiles(shape), tiles + first, count, probabilities,
@@ -246,10 +269,9 @@ struct AmxStrip {
       if (more) {
         score_tile<kSteps>(shape, q, chunk, packed, tiles[i + 1], scores[(i + 1) % 2],
                            [&](int n) LONGCTX_ALWAYS_INLINE {
-                             constexpr int kTotal = 4 * kNumProducts * kSteps;
                              if constexpr (kSteps > 0)
-                               exponentials.pairs(n * 16 / kTotal, (n + 1) * 16 / kTotal);
-                             prefetcher.advance(rows_per_product);
+                               exponentials.pairs(n * 16 / kProducts, (n + 1) * 16 / kProducts);
+                             prefetcher.advance();
                            });
       }
       if (!more || kSteps == 0) exponentials.pairs(0, 16);
@@ -320,30 +342,69 @@ struct AmxStrip {
     }
   }
 
+  // 2^(s - reference) of a key tile, [32 keys][32 queries], in place; 0 in lanes that are not live.
+  struct Powers {
+    LONGCTX_ALWAYS_INLINE void rows(int begin, int end) const {
+#pragma GCC unroll 32
+      for (int row = begin; row < end; ++row) {
+        for (int half = 0; half < 2; ++half) {
+          float* s = scores + row * kStripRows + half * 16;
+          const __m512 x = _mm512_fmsub_ps(_mm512_load_ps(s), scale, reference[half]);
+          _mm512_store_ps(s, _mm512_maskz_mov_ps(live[half], exp2_ps<5>(x)));
+        }
+      }
+    }
+    __m512 scale, reference[2];
+    __mmask16 live[2];
+    float* scores;
+  };
+
   static void probabilities(const StripShape& shape, const void* queries, const KeyChunk& chunk,
                             const void* packed, const ChunkMask& mask, const void* lse, void* p_t) {
-    alignas(64) float reference[kStripRows];
-    uint32_t live = 0;
-    for (int r = 0; r < kStripRows; ++r) {
-      const float row_lse = static_cast<const float*>(lse)[r];
-      const bool seen = row_lse != -kInf;
-      live |= uint32_t{seen} << r;
-      reference[r] = seen ? static_cast<float>(row_lse * kLog2E) : 0.0f;
+    with_steps(depth_steps(shape), [&](auto steps) {
+      probabilities_with<decltype(steps)::value>(shape, static_cast<const char*>(queries), chunk,
+                                                 packed, mask, static_cast<const float*>(lse),
+                                                 static_cast<float*>(p_t));
+    });
+  }
+
+  // As in accumulate, the scores of a tile are computed between the exponentials of the one before.
+  template <int kSteps>
+  static void probabilities_with(const StripShape& shape, const char* queries,
+                                 const KeyChunk& chunk, const void* packed, const ChunkMask& mask,
+                                 const float* lse, float* p_t) {
+    Powers powers;
+    for (int half = 0; half < 2; ++half) {
+      const __m512 row_lse = _mm512_loadu_ps(lse + half * 16);
+      powers.live[half] = _mm512_cmp_ps_mask(row_lse, _mm512_set1_ps(-kInf), _CMP_NEQ_UQ);
+      powers.reference[half] =
+          _mm512_maskz_mul_ps(powers.live[half], row_lse, _mm512_set1_ps(kLog2E));
     }
-    for (int tile = 0; tile < chunk.num_slots() / kKeyTile; ++tile) {
-      float* p = static_cast<float*>(p_t) + tile * kKeyTile * kStripRows;
-      if (static_cast<Visibility>(mask.tiles[tile]) == Visibility::kNone) {
-        std::fill_n(p, kKeyTile * kStripRows, 0.0f);
-        continue;
+    constexpr int kTileSize = kKeyTile * kStripRows;
+    int tiles[kChunkKeys / kKeyTile];
+    const int num_tiles = list_tiles(chunk, mask, tiles, [&](int hidden) {
+      std::fill_n(p_t + hidden * kTileSize, kTileSize, 0.0f);
+    });
+    if (num_tiles == 0) return;
+    constexpr int kProducts = 4 * kNumProducts * std::max(kSteps, 1);  // of a tile
+    Prefetcher prefetcher(shape, chunk.upcoming, false, num_tiles * kProducts);
+    score_tile<kSteps>(shape, queries, chunk, packed, tiles[0], p_t + tiles[0] * kTileSize,
+                       [](int) {});
+    for (int i = 0; i < num_tiles; ++i) {
+      powers.scores = p_t + tiles[i] * kTileSize;
+      powers.scale = _mm512_set1_ps(adjust_scores(shape, mask, tiles[i], powers.scores));
+      const bool more = i + 1 < num_tiles;
+      if (more) {
+        score_tile<kSteps>(shape, queries, chunk, packed, tiles[i + 1],
+                           p_t + tiles[i + 1] * kTileSize, [&](int n) LONGCTX_ALWAYS_INLINE {
+                             if constexpr (kSteps > 0) {
+                               powers.rows(n * kKeyTile / kProducts,
+                                           (n + 1) * kKeyTile / kProducts);
+                             }
+                             prefetcher.advance();
+                           });
       }
-      score_tile(shape, queries, chunk, packed, tile, p);
-      const __m512 scale = _mm512_set1_ps(adjust_scores(shape, mask, tile, p));
-      for (int i = 0; i < kKeyTile * kStripRows; i += 16) {
-        const __m512 r = _mm512_load_ps(reference + i % kStripRows);
-        const __m512 x = _mm512_fmsub_ps(_mm512_load_ps(p + i), scale, r);
-        const auto lanes = static_cast<__mmask16>(live >> (i % kStripRows));
-        _mm512_store_ps(p + i, _mm512_maskz_mov_ps(lanes, exp2_ps<5>(x)));
-      }
+      if (!more || kSteps == 0) powers.rows(0, kKeyTile);
     }
   }
 

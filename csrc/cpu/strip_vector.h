@@ -218,13 +218,14 @@ struct VectorStrip {
       live_rows |= static_cast<uint32_t>(live) << r;
       safe_lse[r] = live ? row_lse[r] : T(0);
     }
+    Prefetcher prefetcher(chunk.upcoming, sizeof(In) * shape.head_dim, 0);
     for (int tile = 0; tile < chunk.num_slots() / kKeyTile; ++tile) {
       T* p = static_cast<T*>(p_t) + tile * kKeyTile * kStripRows;
       const auto visibility = static_cast<Visibility>(mask.tiles[tile]);
       if (visibility != Visibility::kNone) {
         const T* k_rows[kKeyTile];
         for (int i = 0; i < kKeyTile; ++i) k_rows[i] = k_row(shape, packed, tile * kKeyTile + i);
-        Products::score_rows(k_rows, kKeyTile, q_t, shape.head_dim, p, [] {});
+        Products::score_rows(k_rows, kKeyTile, q_t, shape.head_dim, p, [&] { prefetcher.next(); });
         if (shape.softcap > 0) apply_softcap(shape, kKeyTile, p);
       }
       for (int i = 0; i < kKeyTile; ++i, p += kStripRows) {
