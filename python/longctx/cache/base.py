@@ -19,7 +19,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from longctx.cache.call import CallContext, Counts
 from longctx.cache.storage import Storage
-from longctx.ops import attention, gather_kv
+from longctx.ops import append_kv, attention, gather_kv
 
 # The attribute of a keys tensor that names its layer.
 LAYER = "_longctx_layer"
@@ -29,11 +29,11 @@ IMPLEMENTATION = "longctx"
 class LongctxLayer(CacheLayerMixin):
     """One layer of a cache: keys and values in growing storages; by itself, a dense cache.
 
-    A method overrides `attend` and, where it prepares or drops keys, `prefilled`, `make_room` and `cropped`. The first
-    two see `k` and `v` `[batch, num_kv_heads, n, dim]` with the call's own tokens at the end, and a context whose
-    `seqused_k` (int32 `[batch]`, or None: all `n`) says how many keys each row has: rows differ in length after a
-    left-padded prompt, whose padding is dropped. With `max_cache_len` shapes are static, `seqused_k` is always given,
-    `n` is the capacity, and nothing is read on the host.
+    A method overrides `attend` and, where it prepares or drops keys, `prefilled`, `make_room`, `appending` and
+    `cropped`. The first two see `k` and `v` `[batch, num_kv_heads, n, dim]` with the call's own tokens at the end, and
+    a context whose `seqused_k` (int32 `[batch]`, or None: all `n`) says how many keys each row has: rows differ in
+    length after a left-padded prompt, whose padding is dropped. With `max_cache_len` shapes are static, `seqused_k` is
+    always given, `n` is the capacity, and nothing is read on the host.
 
     A method keeps its state beside keys and values in attributes that it names in `STATE`: each None, a `Storage`, or a
     tensor `[batch, ...]` that is replaced rather than written in place (with static shapes: written in place rather
@@ -92,6 +92,14 @@ class LongctxLayer(CacheLayerMixin):
 
     def make_room(self, seqlen_q: int) -> None:
         """Called before the tokens of a call are written: the time to drop keys."""
+
+    def appending(self, end: int) -> dict[str, Any]:
+        """Called before the tokens of a call that may go to `attend` are written, as the last ones before key `end`.
+
+        Returns:
+            The summary that `append_kv` is to update with them, in its keywords.
+        """
+        return {}
 
     def cropped(self) -> None:
         """Called after the last keys were taken away: forget what was made of them."""
@@ -269,15 +277,11 @@ class LongctxLayer(CacheLayerMixin):
             self._k = self._k.writable(start, end, self.slots)
             self._v = self._v.writable(start, end, self.slots)
         keys, values = self._k.data[:, :, :end], self._v.data[:, :, :end]
-        if self.rows is None:
-            keys[:, :, self.slots :] = key_states
-            values[:, :, self.slots :] = value_states
-        else:
-            # Not scatter_, which on a CPU and in 16 bits copies all that it writes into.
-            slot = self.rows[:, None].long() + torch.arange(new, device=self.device)
-            place = torch.arange(self.batch_size, device=self.device)[:, None], slot
-            keys.transpose(1, 2).index_put_(place, key_states.transpose(1, 2))
-            values.transpose(1, 2).index_put_(place, value_states.transpose(1, 2))
+        beside = self.appending(end) if self.filled and new <= self.max_seqlen_q else {}
+        with torch.no_grad():
+            append_kv(keys, values, key_states, value_states, self.slots if self.rows is None else self.rows, **beside)
+        if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
+            keys = keys.detach().requires_grad_()  # attention then says that it has no backward
         setattr(keys, LAYER, self)
         self._awaiting = True
         return keys, values

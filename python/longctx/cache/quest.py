@@ -44,13 +44,21 @@ class QuestLayer(LongctxLayer):
 
     def prefilled(self, q: Tensor, k: Tensor, v: Tensor, context: CallContext) -> None:
         if not self.dense:
-            self._summarize(k, context)
+            summary = self._pages(k.shape[2], context.start)
+            update_pages(summary, k, context.start, self.page_size, seqused_k=context.seqused_k)
+
+    def appending(self, end: int) -> dict[str, Any]:
+        if self.dense:
+            return {}
+        summary = self._pages(end, self.slots if self.rows is None else self.rows)
+        return {"summary": summary, "summary_page_size": self.page_size}
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, context: CallContext) -> Tensor:
         if self.dense:
             return super().attend(q, k, v, context)
         seqlen_q, used = q.shape[2], context.seqused_k
-        summary = self._summarize(k, context)
+        assert self.summary is not None
+        summary = self.summary.data[:, :, : ceil_div(k.shape[2], self.page_size)]
         if used is None and k.shape[2] <= self.num_pages * self.page_size:
             return super().attend(q, k, v, context)
         self.count(self.num_pages * self.page_size, seqlen_q)
@@ -62,21 +70,19 @@ class QuestLayer(LongctxLayer):
         out, lse = gather_attention(q, k, v, pages, counts, block_size_k=self.page_size, **context.score_options())
         return context.weigh_sinks(out, lse)
 
-    def _summarize(self, k: Tensor, context: CallContext) -> Tensor:
-        """The pages of `k`, whose last keys are new."""
-        start = context.start
-        num_pages = ceil_div(k.shape[2], self.page_size)
+    def _pages(self, end: int, start: int | Tensor) -> Tensor:
+        """The summary of the pages of `end` keys; those that the keys from `start` on fall into may be written."""
+        assert self.keys is not None
+        num_pages = ceil_div(end, self.page_size)
         if self.summary is None:
-            self.summary = Storage.like(k[:, :, :0, None].expand(-1, -1, -1, 2, -1), num_pages)
+            self.summary = Storage.like(self.keys[:, :, :0, None].expand(-1, -1, -1, 2, -1), num_pages)
             if self.max_cache_len is not None:
                 self.mark_static(self.summary.data)
         if self.max_cache_len is None:
             first = start // self.page_size if isinstance(start, int) else 0
             known = min(self.summary.end, num_pages)
             self.summary = self.summary.writable(first, num_pages, known)
-        summary = self.summary.data[:, :, :num_pages]
-        update_pages(summary, k, start, self.page_size, seqused_k=context.seqused_k)
-        return summary
+        return self.summary.data[:, :, :num_pages]
 
     def _visible(self, scores: Tensor, used: Tensor | None) -> Tensor | None:
         """Pages that begin at or before each token: int32 [batch, heads, seqlen_q]; None if all do."""
