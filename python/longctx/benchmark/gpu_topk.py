@@ -170,13 +170,15 @@ def quest_step(length: int, device: str) -> Work:
     """A decode step that reads the pages of 16 with the highest bounds, 2048 keys for each kv head; peers read all."""
     inputs = keys(length, device)
     inputs |= {"v": randn(1, 8, length, 128, device=device, seed=2), "summary": extremes(inputs)}
+    inputs |= {f"new_{name}": inputs[name][:, :, -1:].clone() for name in ("k", "v")}
 
     def pages(i: Inputs) -> tuple[Tensor, Tensor]:
         scores = longctx.page_scores(i["q"], i["summary"], head_reduce="group_max")
         return longctx.topk_select(scores, min(2048, length) // PAGE, num_last=1)
 
     def step(i: Inputs) -> Tensor:
-        longctx.update_pages(i["summary"], i["k"], length - 1, PAGE)
+        summary = {"summary": i["summary"], "summary_page_size": PAGE}
+        longctx.append_kv(i["k"], i["v"], i["new_k"], i["new_v"], length - 1, **summary)
         return longctx.gather_attention(i["q"], i["k"], i["v"], *pages(i), block_size_k=PAGE)[0]
 
     def check(name: str, output: Any) -> None:

@@ -65,7 +65,7 @@ def _token_scores(length: int, dtype: torch.dtype) -> Contenders:
 
 
 def _quest_step(length: int, dtype: torch.dtype) -> Contenders:
-    """One token of Quest: its key joins a page, pages are scored, the best and the last are read: 2048 keys.
+    """One token of Quest: it joins cache and page, pages are scored, the best and the last are read: 2048 keys.
 
     Every turn has another query. Up to 2048 keys it is dense attention.
     """
@@ -73,6 +73,7 @@ def _quest_step(length: int, dtype: torch.dtype) -> Contenders:
     _, k, v = qkv(length, dtype, 8, 2, 128)
     queries = torch.randn(turns, 1, 8, 1, 128, generator=torch.Generator().manual_seed(1)).to(dtype)
     summary = longctx.summarize_pages(k, PAGE)
+    new = k[:, :, -1:].clone(), v[:, :, -1:].clone()
     next_turn = {"longctx": 0, "dense": 0}
 
     def query(name: str) -> Tensor:
@@ -81,7 +82,7 @@ def _quest_step(length: int, dtype: torch.dtype) -> Contenders:
 
     def step() -> Tensor:
         q = query("longctx")
-        longctx.update_pages(summary, k, length - 1, PAGE)
+        longctx.append_kv(k, v, *new, length - 1, summary=summary, summary_page_size=PAGE)
         scores = longctx.page_scores(q, summary, head_reduce="group_max")
         pages, _ = longctx.topk_select(scores, budget // PAGE - 1)
         return longctx.gather_attention(q, k, v, pages, block_size_k=PAGE, num_last=PAGE)[0]
