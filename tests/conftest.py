@@ -31,6 +31,7 @@ SIMT_TESTS: dict[str, frozenset[str]] = {
     "test_gather_attention.py": frozenset(),
     "test_gather_attention_positions.py": frozenset(),
     "test_gather_attention_results.py": frozenset(),
+    "test_kv_rows.py": frozenset(),
     "test_linear_attention.py": frozenset(),
     "test_linear_attention_decode.py": frozenset(),
     "test_linear_attention_reverse.py": frozenset(),
@@ -128,7 +129,7 @@ def why_left_out(item: pytest.Item, seen: Counter[str]) -> str:
     if file.startswith(missing) or getattr(params.get("case"), "name", None) in missing:
         return "an op without a CUDA kernel"
     if params.get("dtype") == torch.float64 and item.path.name != "test_merge_states.py":
-        return "float64: on CUDA in merge_states alone, elsewhere an error (test_cuda.py)"
+        return "float64: on CUDA an error (test_cuda.py), but in merge_states and the ops that move rows"
     if any(params.get(dim, 0) > MAX_CUDA_HEAD_DIM for dim in ("head_dim", "head_dim_v")):
         return f"head_dim above {MAX_CUDA_HEAD_DIM}: on CUDA an error (test_cuda.py)"
     return ""

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from op_case import INT64_MAX, Call, Invalid, OpCase, generator, int32, qkv, randn
+from op_case import ALL_DTYPES, INT64_MAX, Call, Invalid, OpCase, generator, int32, qkv, randn
 from topk_cases import random_indices
 
 PAGED_LENGTHS = (75, 110)
@@ -168,6 +168,7 @@ CASES = (
         invalid=invalid_lists(GATHERED),
         differentiable=("k", "v"),
         any_strides=frozenset({"counts"}),
+        dtypes=ALL_DTYPES,
     ),
     OpCase(
         name="compact_kv",
@@ -178,6 +179,7 @@ CASES = (
         | {"indices twice": Invalid("all_options", "indices", torch.full((2, 1, 60), 7).int())},
         any_strides=frozenset({"counts"}),
         mutates=NAMES,
+        dtypes=ALL_DTYPES,
     ),
     OpCase(
         name="truncate_kv",
@@ -199,6 +201,7 @@ CASES = (
         },
         any_strides=frozenset({"counts"}),
         mutates=NAMES,
+        dtypes=ALL_DTYPES,
     ),
     OpCase(
         name="append_kv",

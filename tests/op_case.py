@@ -18,7 +18,8 @@ Call = dict[str, Any]
 
 DTYPES = target.dtypes()
 
-MERGED_DTYPES = target.dtypes(merge_states=True)
+# Of merge_states, and of the ops that copy and move rows.
+ALL_DTYPES = target.dtypes(float64=True)
 
 INT32_MAX = 2**31 - 1
 

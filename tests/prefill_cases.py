@@ -11,11 +11,11 @@ from torch import Tensor
 import longctx.reference
 from longctx.testing import block_list
 from op_case import (
+    ALL_DTYPES,
     EXTREME_OPTIONS,
     ILLEGAL_OPTIONS,
     INT32_MAX,
     INT64_MAX,
-    MERGED_DTYPES,
     Call,
     Invalid,
     OpCase,
@@ -180,7 +180,7 @@ CASES = (
         growing={"out": 3, "lse": 3},
         differentiable=("out", "lse"),
         any_strides=frozenset({"out", "lse", "lse_override"}),
-        dtypes=MERGED_DTYPES,
+        dtypes=ALL_DTYPES,
     ),
     OpCase(
         name="attention",

@@ -57,10 +57,10 @@ def isas() -> tuple[str, ...]:
     return ISAS if name == "cpu" else ("-",)
 
 
-def dtypes(*, merge_states: bool = False) -> tuple[torch.dtype, ...]:
-    """What the ops take: float64 on the CPU, and in merge_states everywhere."""
+def dtypes(*, float64: bool = False) -> tuple[torch.dtype, ...]:
+    """What the ops take: float64 on the CPU, and elsewhere only where `float64` says so."""
     narrow = (torch.float32, torch.bfloat16, torch.float16)
-    return (torch.float32, torch.float64, *narrow[1:]) if name == "cpu" or merge_states else narrow
+    return (torch.float32, torch.float64, *narrow[1:]) if name == "cpu" or float64 else narrow
 
 
 def describe() -> str:
@@ -129,6 +129,8 @@ def through(device: str, run: Callable[..., Any], written: frozenset[int] = froz
         changed: list[tuple[Tensor, Tensor]] = []
 
         def there(value: Any, place: int | None = None) -> Any:
+            if isinstance(value, list):
+                return [there(item, place) for item in value]
             if isinstance(value, Tensor):
                 (changed if place in written else pairs).append((value, moved(value, device)))
                 return (changed if place in written else pairs)[-1][1]

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+from conftest import RECORDING
 from longctx.benchmark import gpu, gpu_cases, gpu_gather, gpu_linear
 from longctx.benchmark.gpu_cases import CASES, HEADLINE, GpuCase
 from longctx.benchmark.gpu_targets import TENTH, K
@@ -258,6 +259,10 @@ def load_script() -> ModuleType:
     return module
 
 
+def test_the_tests_on_a_gpu_may_write_the_support_matrix() -> None:
+    assert {ROOT / "tests" / f"test_{name}.py" for name in load_script().OP_TESTS} >= RECORDING
+
+
 def test_stages_share_the_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     script = load_script()
     given: dict[str, float] = {}
@@ -354,11 +359,12 @@ assert not right and text == "1/4 wrong, first at [3], indices a dim 1/4", text
 
 
 def test_smokes_of_selections_on_the_cpu() -> None:
-    """Every call of the ops that summarise, score and select, in every dtype."""
+    """Every call of the ops that summarise, score, select and move, in every dtype."""
     code = """
 import runpy
 smoke = runpy.run_path("bench/gpu_smoke.py")
-ops = ("summarize_pages", "update_pages", "page_scores", "token_scores", "topk_select", "threshold_select")
+ops = ("summarize_pages", "update_pages", "page_scores", "token_scores", "topk_select", "threshold_select",
+       "gather_kv", "compact_kv", "truncate_kv")
 chosen = [s for s in smoke["other_smokes"]("cpu") if s.op in ops]
 assert {s.op for s in chosen} == set(ops) and all([smoke["run"](s, "cpu") for s in chosen])
 """

@@ -10,7 +10,7 @@ from torch import Tensor
 import longctx
 from cases import CASES
 from checks import assert_accurate, assert_equal_to_rounding, in_float64, record, residuals
-from op_case import DTYPES, MERGED_DTYPES, Call, qkv, randn
+from op_case import ALL_DTYPES, DTYPES, Call, qkv, randn
 from prefill_cases import overridden_states, states
 
 
@@ -56,7 +56,7 @@ def random_states(dtype: torch.dtype, *shape: int) -> Call:
 
 
 @pytest.mark.sanitize
-@pytest.mark.parametrize("dtype", MERGED_DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
 @pytest.mark.parametrize("make", [states, overridden_states])
 def test_matches_the_twin(isa: str, dtype: torch.dtype, make: type) -> None:
     check(make(dtype))
@@ -68,12 +68,12 @@ def test_matches_the_twin(isa: str, dtype: torch.dtype, make: type) -> None:
     [(1, 1, 1, 1, 1), (1, 2, 3, 5, 8), (2, 1, 1, 33, 1), (7, 1, 2, 9, 300), (2, 0, 3, 4, 5), (2, 1, 3, 0, 5)],
     ids=str,
 )
-@pytest.mark.parametrize("dtype", MERGED_DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
 def test_shapes(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     check(random_states(dtype, *shape))
 
 
-@pytest.mark.parametrize("dtype", MERGED_DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
 def test_one_state_is_returned_as_it_is(dtype: torch.dtype) -> None:
     call = random_states(dtype, 1, 2, 3, 5, 8)
     out, lse = longctx.merge_states(**call)
@@ -82,7 +82,7 @@ def test_one_state_is_returned_as_it_is(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.sanitize
-@pytest.mark.parametrize("dtype", MERGED_DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
 def test_absent_states_add_nothing(dtype: torch.dtype) -> None:
     call = random_states(dtype, 3, 1, 2, 11, 16)
     call["lse"][1] = -torch.inf

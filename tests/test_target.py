@@ -46,6 +46,17 @@ def test_through_brings_changed_arguments_back() -> None:
     assert_same_bits(view, expected)
 
 
+def test_through_brings_changed_lists_back() -> None:
+    op = torch.ops.longctx.compact_kv.default
+    assert target.written_arguments(op) == {0, 1}
+    call = CASES["compact_kv"].calls["plain"](torch.float32)
+    caches = [[call[name], call[name] + 1.0] for name in ("k_cache", "v_cache")]
+    expected = [[cache.clone() for cache in layers] for layers in caches]
+    lengths = op(*expected, call["indices"])
+    assert_same_bits(target.through("cpu", op, target.written_arguments(op))(*caches, call["indices"]), lengths)
+    assert_same_bits((*caches[0], *caches[1]), (*expected[0], *expected[1]))
+
+
 def test_through_an_op_without_outputs() -> None:
     call = CASES["update_pages"].calls["plain"](torch.float32)
     op = torch.ops.longctx.update_pages.default

@@ -6,8 +6,10 @@ set(LONGCTX_CUDA_SOURCES
   csrc/cuda/antidiagonal_scores.cu
   csrc/cuda/attention_mass.cu
   csrc/cuda/block_scores.cu
+  csrc/cuda/compact_kv.cu
   csrc/cuda/attention.cu
   csrc/cuda/gather_attention.cu
+  csrc/cuda/gather_kv.cu
   csrc/cuda/instances.cpp
   csrc/cuda/key_scores.cu
   csrc/cuda/linear_attention.cu

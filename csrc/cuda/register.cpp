@@ -6,6 +6,7 @@
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "cuda/attention_path.h"
 #include "cuda/instances.h"
@@ -16,8 +17,10 @@
 #include "ops/attention_mass.h"
 #include "ops/block_scores.h"
 #include "ops/block_sparse_attention.h"
+#include "ops/compact_kv.h"
 #include "ops/force_cuda_path.h"
 #include "ops/gather_attention.h"
+#include "ops/gather_kv.h"
 #include "ops/linear_attention.h"
 #include "ops/linear_attention_decode.h"
 #include "ops/linear_attention_states.h"
@@ -28,6 +31,7 @@
 #include "ops/threshold_select.h"
 #include "ops/token_scores.h"
 #include "ops/topk_select.h"
+#include "ops/truncate_kv.h"
 
 // Only a CUDA torch defines this. Weak, so that the library also loads beside a CPU-only torch.
 #pragma weak aoti_torch_get_current_cuda_stream
@@ -85,15 +89,21 @@ Workspace::~Workspace() { delete static_cast<Tensor*>(owner_); }
 
 namespace {
 
-// Makes the device of the first tensor current while the op runs. A first tensor on the CPU, beside
+const Tensor* first_of(const Tensor& tensor) { return &tensor; }
+const Tensor* first_of(const std::vector<Tensor>& tensors) {
+  return tensors.empty() ? nullptr : &tensors.front();
+}
+
+// Makes the device of the first tensor current while the op runs. None, or one on the CPU beside
 // others on CUDA, is for the op's own checks.
 template <auto op>
 struct OnDevice;
-template <class Result, class... Rest, Result (*op)(const Tensor&, Rest...)>
+template <class Result, class First, class... Rest, Result (*op)(First, Rest...)>
 struct OnDevice<op> {
-  static Result run(const Tensor& first, Rest... rest) {
+  static Result run(First first, Rest... rest) {
     std::optional<torch::stable::accelerator::DeviceGuard> guard;
-    if (first.is_cuda()) guard.emplace(first.get_device_index());
+    const Tensor* tensor = first_of(first);
+    if (tensor != nullptr && tensor->is_cuda()) guard.emplace(tensor->get_device_index());
     return op(first, rest...);
   }
 };
@@ -146,8 +156,10 @@ STABLE_TORCH_LIBRARY_IMPL(longctx, CUDA, m) {
   m.impl("block_scores", TORCH_BOX(&OnDevice<&block_scores<cuda::run_block_scores_cuda>>::run));
   m.impl("block_sparse_attention",
          TORCH_BOX(&OnDevice<&block_sparse_attention<cuda::run_block_sparse_attention_cuda>>::run));
+  m.impl("compact_kv", TORCH_BOX(&OnDevice<&compact_kv<cuda::run_compact_kv_cuda>>::run));
   m.impl("gather_attention",
          TORCH_BOX(&OnDevice<&gather_attention<cuda::run_gather_attention_cuda>>::run));
+  m.impl("gather_kv", TORCH_BOX(&OnDevice<&gather_kv<cuda::run_gather_kv_cuda>>::run));
   m.impl(
       "linear_attention_decode",
       TORCH_BOX(&OnDevice<&linear_attention_decode<cuda::run_linear_attention_decode_cuda>>::run));
@@ -164,5 +176,6 @@ STABLE_TORCH_LIBRARY_IMPL(longctx, CUDA, m) {
          TORCH_BOX(&OnDevice<&threshold_select<cuda::run_threshold_select_cuda>>::run));
   m.impl("token_scores", TORCH_BOX(&OnDevice<&token_scores<cuda::run_token_scores_cuda>>::run));
   m.impl("topk_select", TORCH_BOX(&OnDevice<&topk_select<cuda::run_topk_select_cuda>>::run));
+  m.impl("truncate_kv", TORCH_BOX(&OnDevice<&truncate_kv<cuda::run_compact_kv_cuda>>::run));
   m.impl("update_pages", TORCH_BOX(&OnDevice<&update_pages<cuda::run_summarize_pages_cuda>>::run));
 }

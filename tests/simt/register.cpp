@@ -5,8 +5,10 @@
 #include "ops/attention_mass.h"
 #include "ops/block_scores.h"
 #include "ops/block_sparse_attention.h"
+#include "ops/compact_kv.h"
 #include "ops/force_cuda_path.h"
 #include "ops/gather_attention.h"
+#include "ops/gather_kv.h"
 #include "ops/linear_attention.h"
 #include "ops/linear_attention_decode.h"
 #include "ops/linear_attention_states.h"
@@ -17,6 +19,7 @@
 #include "ops/threshold_select.h"
 #include "ops/token_scores.h"
 #include "ops/topk_select.h"
+#include "ops/truncate_kv.h"
 #include "simt.h"
 
 namespace longctx {
@@ -77,7 +80,9 @@ STABLE_TORCH_LIBRARY_IMPL(longctx, CPU, m) {
   m.impl("block_scores", TORCH_BOX(&block_scores<run_block_scores_cuda>));
   m.impl("block_sparse_attention",
          TORCH_BOX(&block_sparse_attention<run_block_sparse_attention_cuda>));
+  m.impl("compact_kv", TORCH_BOX(&compact_kv<run_compact_kv_cuda>));
   m.impl("gather_attention", TORCH_BOX(&gather_attention<run_gather_attention_cuda>));
+  m.impl("gather_kv", TORCH_BOX(&gather_kv<run_gather_kv_cuda>));
   m.impl("linear_attention_decode",
          TORCH_BOX(&linear_attention_decode<run_linear_attention_decode_cuda>));
   m.impl("linear_attention", TORCH_BOX(&linear_attention<run_linear_attention_cuda>));
@@ -89,5 +94,6 @@ STABLE_TORCH_LIBRARY_IMPL(longctx, CPU, m) {
   m.impl("threshold_select", TORCH_BOX(&threshold_select<run_threshold_select_cuda>));
   m.impl("token_scores", TORCH_BOX(&token_scores<run_token_scores_cuda>));
   m.impl("topk_select", TORCH_BOX(&topk_select<run_topk_select_cuda>));
+  m.impl("truncate_kv", TORCH_BOX(&truncate_kv<run_compact_kv_cuda>));
   m.impl("update_pages", TORCH_BOX(&update_pages<run_summarize_pages_cuda>));
 }

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import longctx
-from longctx.benchmark import gpu_gather, gpu_linear, gpu_topk, peers
+from longctx.benchmark import gpu_gather, gpu_kv, gpu_linear, gpu_topk, peers
 from longctx.benchmark.gpu_work import CHECKED_ROWS, GpuCase, Inputs, Run, Work, gpu_case, randn
 from longctx.testing import block_list, force_cuda_path
 
@@ -276,5 +276,5 @@ OTHERS: list[GpuCase] = [
 ]  # fmt: skip
 CASES = [
     *(HEADLINE + gpu_linear.HEADLINE + gpu_topk.HEADLINE + gpu_gather.CASES),
-    *(OTHERS + gpu_linear.OTHERS + gpu_topk.OTHERS),
+    *(OTHERS + gpu_linear.OTHERS + gpu_topk.OTHERS + gpu_kv.CASES),
 ]

@@ -76,9 +76,9 @@ class StreamingLayer(LongctxLayer):
         if self.max_cache_len is not None or self.slots <= kept + max(self.window_size // 4, 16):
             return
         assert self.keys is not None
-        rows = torch.full((self.batch_size,), self.slots, dtype=torch.int32) if self.rows is None else self.rows
         slot = torch.arange(kept, dtype=torch.int32, device=self.device)
-        last = slot + (rows.to(self.device)[:, None] - kept).clamp(min=0)
+        dropped = torch.full_like(slot[:1], self.slots - kept) if self.rows is None else (self.rows - kept).clamp(min=0)
+        last = (slot + dropped[:, None]).expand(self.batch_size, -1)
         indices = torch.where(slot < self.num_sink_tokens, slot, last)[:, None].int()
         self.keep(indices, rows=None if self.rows is None else self.rows.clamp(max=kept))
 

@@ -30,7 +30,7 @@ def compact_kv(
     that do not ascend are left out: the next one takes their place.
 
     Args:
-        k_cache: `[batch, num_kv_heads, seqlen_k, head_dim]`, float32, float64 (CPU), bfloat16 or float16; any strides
+        k_cache: `[batch, num_kv_heads, seqlen_k, head_dim]`, float32, float64, bfloat16 or float16; any strides
             with a contiguous last dim. With `page_table`: `[num_pages, num_kv_heads, page_size, head_dim]`. Or a
             sequence of such tensors of one shape, the layers of a model that keep the same keys. **Changed in place.**
         v_cache: `[batch, num_kv_heads, seqlen_k, head_dim_v]`, or in pages, and as many layers as `k_cache`.

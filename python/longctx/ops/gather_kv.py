@@ -28,7 +28,7 @@ def gather_kv(
     place (`longctx.gather_attention`).
 
     Args:
-        k: `[batch, num_kv_heads, seqlen_k, head_dim]`, float32, float64 (CPU), bfloat16 or float16; any strides with a
+        k: `[batch, num_kv_heads, seqlen_k, head_dim]`, float32, float64, bfloat16 or float16; any strides with a
             contiguous last dim. With `page_table`: `[num_pages, num_kv_heads, page_size, head_dim]`.
         v: `[batch, num_kv_heads, seqlen_k, head_dim_v]`, or in pages as `k`.
         indices: int32 `[batch, heads, num_entries]`, in any order, with 1 or `num_kv_heads` heads. One head is a list
