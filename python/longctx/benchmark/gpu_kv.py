@@ -51,8 +51,9 @@ def compacted(length: int, device: str, *, layers: int = 8) -> Work:
     inputs: Inputs = {"ours": caches, "theirs": caches.clone(), "indices": kept.int().view(1, 1, -1), "kept": kept}
 
     def compact(i: Inputs) -> Tensor:
-        longctx.compact_kv(*layers_of(i["ours"]), i["indices"])
-        return i["ours"][..., : len(kept), :]
+        caches: Tensor = i["ours"]
+        longctx.compact_kv(*layers_of(caches), i["indices"])
+        return caches[..., : len(kept), :]
 
     def index_select(i: Inputs) -> list[Tensor]:
         """Into new tensors, as a cache without rows of its own does."""
@@ -82,13 +83,15 @@ def truncated(length: int, device: str, *, layers: int = 32) -> Work:
     exact = caches[..., first + path, :]
 
     def truncate(i: Inputs) -> Tensor:
-        longctx.truncate_kv(*layers_of(i["ours"]), i["used"], 64, accepted=i["accepted"])
-        return i["ours"][..., first : first + len(path), :]
+        caches: Tensor = i["ours"]
+        longctx.truncate_kv(*layers_of(caches), i["used"], 64, accepted=i["accepted"])
+        return caches[..., first : first + len(path), :]
 
     def torch_rows(i: Inputs) -> Tensor:
         """All layers lie in one tensor here, so one call moves them."""
-        i["theirs"][..., first : first + len(path), :] = i["theirs"][..., first + i["path"], :]
-        return i["theirs"][..., first : first + len(path), :]
+        caches: Tensor = i["theirs"]
+        caches[..., first : first + len(path), :] = caches[..., first + i["path"], :]
+        return caches[..., first : first + len(path), :]
 
     def check(name: str, output: Any) -> None:
         torch.testing.assert_close(output, exact, rtol=0, atol=0)
