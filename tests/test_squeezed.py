@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,8 +11,9 @@ from torch import Tensor
 
 import longctx
 from cache_cases import CLOSE, decode, logits, masked_run, ours
-from longctx.cache import SqueezedCache, load
-from longctx.cache.squeezed import quantile
+from longctx.cache import SqueezedCache, clusters, load
+from longctx.cache.clusters import quantile, weigh, weigh_kept
+from op_case import randn
 from transformers_models import tokens
 
 pytestmark = [
@@ -68,8 +70,28 @@ class Definition:
         return weights(q, self.centroids, self.kept_counts(q))
 
 
+@pytest.fixture
+def scored(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many centroids each call of a single token scored."""
+    numbers: list[int] = []
+
+    def all_of_them(q: Tensor, centroids: Tensor, **options: Any) -> Tensor:
+        if q.shape[2] == 1:
+            numbers.append(centroids[..., 0].numel())
+        return longctx.page_scores(q, centroids, **options)
+
+    def listed(q: Tensor, centroids: Tensor, *, candidates: Tensor, **options: Any) -> Tensor:
+        numbers.append(int((candidates >= 0).sum()))
+        return longctx.token_scores(q, centroids, candidates=candidates, **options)
+
+    monkeypatch.setattr(clusters, "page_scores", all_of_them)
+    monkeypatch.setattr(clusters, "token_scores", listed)
+    return numbers
+
+
 @pytest.mark.parametrize("level", LEVELS)
-def test_reads_the_clusters_that_weigh_enough(level: str) -> None:
+def test_reads_the_clusters_that_weigh_enough(level: str, scored: list[int]) -> None:
+    """And scores the centroids of the coarser level, and those of the finer level below what was chosen."""
     seen: list[Definition] = []
 
     def record(q: Tensor, k: Tensor) -> Tensor:
@@ -83,7 +105,7 @@ def test_reads_the_clusters_that_weigh_enough(level: str) -> None:
             layer.coarse_threshold = coarse
     cut = threshold([(layer.weights(layer.window), layer.counts) for layer in seen], 0.6)
     layers = iter(seen)
-    read = []
+    read, centroids = [], []
 
     def visible(q: Tensor, k: Tensor) -> Tensor:
         layer, mask = next(layers), torch.ones(2, 4, LENGTH, LENGTH, dtype=torch.bool)
@@ -91,6 +113,8 @@ def test_reads_the_clusters_that_weigh_enough(level: str) -> None:
             keys = layer.weights(q[:, :, row : row + 1]).gather(2, layer.labels.long()) >= cut
             mask[:, :, row, :FIXED] = keys.repeat_interleave(2, 1)
             read.append(keys.double().mean())
+            below = int((layer.kept_counts(q[:, :, row : row + 1]) > 0).sum())
+            centroids.append(below + layer.coarse[0][..., 0].numel() if level == "two" else layer.counts.numel())
         return mask
 
     expected = masked_run(INPUT, PROMPT, visible)
@@ -99,6 +123,8 @@ def test_reads_the_clusters_that_weigh_enough(level: str) -> None:
     cache = SqueezedCache(model.config, **OPTIONS, **LEVELS[level])
     torch.testing.assert_close(decode(model, INPUT, cache, PROMPT), expected, **CLOSE)
     assert cache.stats().share < 0.75
+    assert sum(scored) == sum(centroids)
+    assert level == "one" or sum(scored) < 8 * seen[0].counts.numel()  # 4 tokens, 2 layers
 
 
 def test_one_threshold_for_the_model() -> None:
@@ -118,6 +144,19 @@ def test_quantile() -> None:
     counts = [torch.tensor([[[2, 3]]], dtype=torch.int32), torch.tensor([[[4, 1, 0]]], dtype=torch.int32)]
     for sparsity, expected in ((0.0, -torch.inf), (0.05, 0.1), (0.1, 0.2), (0.5, 0.3), (0.51, 0.3), (0.8, 0.5)):
         assert quantile([heavy, light], counts, sparsity).item() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("seqlen_q", [1, 3])
+def test_what_is_not_kept_does_not_count(seqlen_q: int) -> None:
+    """As if it had no keys, of several tokens too; NaN shows that it is not read."""
+    q, centroids = randn(2, 4, seqlen_q, 8, seed=1), randn(2, 2, 6, 8, seed=2)
+    sizes = torch.tensor([3, 0, 1, 5, 2, 4], dtype=torch.int32).expand(2, 2, -1)
+    kept = torch.ones(2, 2, 6, dtype=torch.bool)
+    kept[0, 0, 2] = kept[1, :, 3:] = kept[0, 1] = False
+    expected = weigh(q, centroids, sizes * kept, 0.5)
+    found = weigh_kept(q, centroids.masked_fill(~kept[..., None], torch.nan), sizes, kept, 0.5)
+    torch.testing.assert_close(found, expected)
+    assert torch.isneginf(found[0, 1]).all()
 
 
 def test_forks_files_and_rewinding_keep_the_clusters(tmp_path: Path) -> None:

@@ -5,37 +5,22 @@ Hooper et al., "Squeezed Attention: Accelerating Long Context Length LLM Inferen
 When a prompt is over, the keys in front of its last tokens, the observation window, are clustered by direction. A
 cluster of n keys with centroid C weighs exp(q C) / sum n_j exp(q C_j): what each of its keys would get. Of the weights
 that the queries of the window see, over all layers and heads, one threshold is taken, below which the share `sparsity`
-of the keys lies. So heads that look at one place read little, and others much. A coarser level may leave out clusters
-first.
+of the keys lies. So heads that look at one place read little, and others much. With a coarser level, clusters of
+clusters are weighed first, and only the clusters in those that weigh enough are looked at, and counted.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
-from longctx.cache.base import CallContext, LongctxLayer
+from longctx.cache.base import LongctxLayer
 from longctx.cache.cache import LongctxCache, require
-from longctx.ops import gather_attention, kmeans, page_scores, threshold_select
-
-
-def quantile(weights: Sequence[Tensor], counts: Sequence[Tensor], sparsity: float) -> Tensor:
-    """The lowest weight that the heaviest `1 - sparsity` of all keys have: float32 [batch], -inf for a sparsity of 0.
-
-    Args:
-        weights: of the clusters of each layer, float32 [batch, heads, clusters].
-        counts: int32, alike: their keys.
-    """
-    flat, order = torch.cat([x.flatten(1) for x in weights], dim=1).sort(dim=1, descending=True)
-    keys = torch.cat([x.flatten(1) for x in counts], dim=1).gather(1, order).cumsum(1)
-    if sparsity == 0.0:
-        return torch.full_like(flat[:, 0], -torch.inf)
-    last = (keys < (1.0 - sparsity) * keys[:, -1:].double()).sum(1, keepdim=True)
-    return flat.gather(1, last.clamp(max=flat.shape[1] - 1))[:, 0]
+from longctx.cache.call import CallContext
+from longctx.cache.clusters import cluster_rows, quantile, weigh, weigh_kept
+from longctx.ops import gather_attention, threshold_select
 
 
 class SqueezedLayer(LongctxLayer):
@@ -103,13 +88,13 @@ class SqueezedLayer(LongctxLayer):
                 layer.q_window = None
             return
         if self.coarse_sparsity is not None:
-            weights = [layer._coarse_weights(layer._window()) for layer in found]
+            weights = [layer._coarse_weights(layer._all(layer.q_window)) for layer in found]
             sizes = [layer._all(layer.coarse_sizes) for layer in found]
-            threshold = quantile([x[:, :, 0] for x in weights], sizes, self.coarse_sparsity)
+            threshold = quantile(weights, sizes, self.coarse_sparsity)
             for layer in found:
                 layer.coarse_threshold = threshold.clone()  # files hold no tensor twice
-        weights = [layer._weights(layer._window()) for layer in found]
-        threshold = quantile([x[:, :, 0] for x in weights], [layer._all(layer.sizes) for layer in found], self.sparsity)
+        weights = [layer._weights(layer._all(layer.q_window), once=True) for layer in found]
+        threshold = quantile(weights, [layer._all(layer.sizes) for layer in found], self.sparsity)
         for layer in self.peers:
             layer.threshold, layer.q_window = threshold.clone(), None
 
@@ -117,8 +102,8 @@ class SqueezedLayer(LongctxLayer):
         if self.centroids is None:
             return super().attend(q, k, v, context)
         heads, seqlen_q = k.shape[1], q.shape[2]
-        weights = self._weights(q) - self._all(self.threshold)[:, None, None, None]
-        of_keys = weights.gather(3, self._all(self.labels))
+        weights = self._weights(q) - self._all(self.threshold)[:, None, None]
+        of_keys = weights[:, :, None].gather(3, self._all(self.labels))
         lengths = self._all(self.lengths)[:, None, None].expand(-1, heads, 1)
         indices, counts = threshold_select(of_keys, value=0.0, max_k=self.fixed, lengths=lengths)
         later = k.shape[2] - self.fixed
@@ -162,57 +147,32 @@ class SqueezedLayer(LongctxLayer):
                 self.centroids, self.coarse_clusters, counts=self.sizes
             )
 
-    def _kmeans(self, keys: Tensor, share: float, **given: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """`kmeans` with a number of clusters for each row of the batch; those that a row does not have are empty."""
+    def _kmeans(self, keys: Tensor, share: float, **given: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         wanted = [max(1, round(share * length)) for length in self._all(self.lengths).tolist()]
-        parts = [
-            kmeans(
-                keys[row : row + 1],
-                clusters,
-                num_iters=self.num_iters,
-                seed=self.seed,
-                **{name: tensor[row : row + 1] for name, tensor in given.items()},
-            )
-            for row, clusters in enumerate(wanted)
-        ]
-        missing = [max(wanted) - clusters for clusters in wanted]
-        centroids = torch.cat([pad(part[0], (0, 0, 0, more)) for part, more in zip(parts, missing, strict=True)])
-        sizes = torch.cat([pad(part[2], (0, more)) for part, more in zip(parts, missing, strict=True)])
-        return centroids, torch.cat([part[1] for part in parts]).clamp(min=0).long(), sizes
-
-    def _window(self) -> Tensor:
-        assert self.q_window is not None
-        return self.q_window
+        return cluster_rows(keys, wanted, num_iters=self.num_iters, seed=self.seed, **given)
 
     @staticmethod
     def _all(tensor: Tensor | None) -> Tensor:
-        """What clustering has set."""
+        """What a prompt and its clustering have set."""
         assert tensor is not None
         return tensor
 
-    def _weigh(self, q: Tensor, centroids: Tensor, sizes: Tensor) -> Tensor:
-        return page_scores(
-            q,
-            centroids,
-            method="dot",
-            head_reduce="group_mean",
-            query_reduce="mean",
-            softmax=True,
-            counts=sizes,
-            softmax_scale=self.scale,
-        )
-
     def _coarse_weights(self, q: Tensor) -> Tensor:
-        return self._weigh(q, self._all(self.coarse_centroids), self._all(self.coarse_sizes))
+        return weigh(q, self._all(self.coarse_centroids), self._all(self.coarse_sizes), self.scale)
 
-    def _weights(self, q: Tensor) -> Tensor:
-        """Of a key of each cluster, averaged over tokens: float32 [batch, num_kv_heads, 1, clusters]; -inf: none."""
-        sizes = self._all(self.sizes)
-        if self.coarse_sparsity is not None:
-            coarse = self._coarse_weights(q)[:, :, 0]
-            kept = coarse >= self._all(self.coarse_threshold)[:, None, None]
-            sizes = sizes * kept.gather(2, self._all(self.coarse_labels))
-        return self._weigh(q, self._all(self.centroids), sizes)
+    def _weights(self, q: Tensor, once: bool = False) -> Tensor:
+        """Of a key of each cluster: float32 [batch, num_kv_heads, clusters]; -inf: none.
+
+        Centroids are read as far as the coarser level says; `once`, for the many queries of a window, all of them.
+        """
+        centroids, sizes = self._all(self.centroids), self._all(self.sizes)
+        if self.coarse_sparsity is None:
+            return weigh(q, centroids, sizes, self.scale)
+        kept = self._coarse_weights(q) >= self._all(self.coarse_threshold)[:, None, None]
+        kept = kept.gather(2, self._all(self.coarse_labels))
+        return (
+            weigh(q, centroids, sizes * kept, self.scale) if once else weigh_kept(q, centroids, sizes, kept, self.scale)
+        )
 
 
 class SqueezedCache(LongctxCache):
@@ -223,7 +183,8 @@ class SqueezedCache(LongctxCache):
         sparsity: share of the clustered keys that the queries of the window would leave out, over all layers and heads;
             0.5 to 0.9 in the paper. 0 reads everything.
         clusters: number of clusters, as a share of the keys; 0.05 in the paper.
-        coarse_sparsity: a second, coarser level of clusters leaves out this share of the keys first. `None`: one level.
+        coarse_sparsity: a second, coarser level of clusters leaves out this share of the keys first, whose clusters are
+            then not read at all. `None`: one level.
         coarse_clusters: number of coarse clusters, as a share of the keys.
         window_size: tokens at the end of the prompt that set the threshold and are always read; 100 in the paper.
         num_iters: of k-means.
@@ -232,7 +193,8 @@ class SqueezedCache(LongctxCache):
     Keeps all keys. The prompt itself is read exactly; clustering it costs `2 * clusters * num_iters * n**2 * head_dim`
     FLOPs per kv head, once, when the first token is decoded. Several tokens in a call share one selection. A later
     prompt of more than 16 tokens runs dense, and all keys are clustered again. Weights of clusters know no softcap.
-    Do not use it for a prompt that few tokens follow, or for keys without clusters.
+    Do not use it for a prompt that few tokens follow, or for keys without clusters; nor a second level where the
+    clusters are few enough to be read: it may leave out what the first would have found.
 
     Example:
         >>> import torch, longctx, transformers
