@@ -62,8 +62,12 @@ def weigh(q: Tensor, centroids: Tensor, sizes: Tensor, scale: float | None) -> T
 
 
 def weigh_kept(q: Tensor, centroids: Tensor, sizes: Tensor, kept: Tensor, scale: float | None) -> Tensor:
-    """`weigh`, of the clusters that are `kept` (bool like `sizes`) alone: no other is read, and no other counts."""
-    listed, _ = threshold_select((kept & (sizes > 0)).float(), value=1.0, max_k=kept.shape[2])
+    """`weigh`, of the clusters that are `kept` (bool like `sizes`) alone: no other is read, and no other counts.
+
+    Reads on the host how many these are, so that the arithmetic around them is no longer than they are.
+    """
+    listed, counts = threshold_select((kept & (sizes > 0)).float(), value=1.0, max_k=kept.shape[2])
+    listed = listed[..., : max(int(counts.max()), 1)].contiguous()
     # As heads, tokens have no order, and all of them see all centroids.
     rows = q.flatten(1, 2)[:, :, None]
     scores = token_scores(rows, centroids, candidates=listed[:, :, None], softmax_scale=scale)
