@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "kernels.h"
+#include "longctx/seed_draw.h"
 #include "longctx/sequence.h"
 #include "nearest_kernels.h"
 #include "parallel.h"
@@ -17,15 +18,6 @@
 
 namespace longctx::cpu {
 namespace {
-
-// In [0, 1), from `seed` and the number of the round: SplitMix64.
-double uniform(uint64_t seed, uint64_t round) {
-  uint64_t z = seed + (round + 1) * 0x9e3779b97f4a7c15u;
-  z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
-  z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
-  z ^= z >> 31;
-  return static_cast<double>(z >> 11) * 0x1p-53;
-}
 
 // The rows of one (batch entry, head) at a time.
 template <class T, class In>
@@ -58,9 +50,6 @@ class KMeans {
   }
 
  private:
-  // Of |x|^2: nearer than that to a centroid is what rounding leaves of equal points.
-  static constexpr T kNothing = sizeof(T) == 8 ? T(0x1p-46) : T(0x1p-18);
-
   int64_t num_points() const { return static_cast<int64_t>(rows_.size()); }
   const T* point(int64_t i) const { return points_.data() + i * p_.dim; }
 
@@ -150,8 +139,7 @@ class KMeans {
 
   T square_distance(int64_t i) const {
     const auto at = static_cast<size_t>(i);
-    const T distance = squares_[at] - 2 * best_[at];
-    return distance > kNothing * squares_[at] ? distance : T(0);
+    return seed_square_distance(squares_[at], best_[at]);
   }
 
   // The first centroid is a random point. Each round then draws as many points as there are
@@ -163,7 +151,7 @@ class KMeans {
     std::vector<char> chosen(rows_.size(), 0);
     std::vector<int64_t> seeds, drawn;
     if (wanted > 0) {
-      const double at = uniform(p_.seed, 0) * static_cast<double>(num_points());
+      const double at = seed_uniform(p_.seed, 0) * static_cast<double>(num_points());
       drawn.push_back(std::min(static_cast<int64_t>(at), num_points() - 1));
     }
     for (uint64_t round = 1; !drawn.empty(); ++round) {
@@ -171,7 +159,7 @@ class KMeans {
       for (const int64_t i : drawn) chosen[static_cast<size_t>(i)] = 1;
       seeds.insert(seeds.end(), drawn.begin(), drawn.end());
       const auto count = static_cast<int64_t>(seeds.size());
-      drawn = draw(std::min(count, (wanted - count + 1) / 2), uniform(p_.seed, round), chosen);
+      drawn = draw(std::min(count, (wanted - count + 1) / 2), seed_uniform(p_.seed, round), chosen);
     }
     end_columns(put_points(seeds) * kernels_.panel, num_panels_);
   }
@@ -191,20 +179,20 @@ class KMeans {
       const auto at = static_cast<size_t>(i);
       return chosen[at] != 0 ? 0.0 : static_cast<double>(weights_[at]) * square_distance(i);
     };
-    double total = 0;
-    for (int64_t i = 0; i < num_points(); ++i) total += mass(i);
     std::vector<int64_t> drawn;
-    double sum = 0;
-    int64_t mark = 0;
+    double largest = 0;
+    for (int64_t i = 0; i < num_points(); ++i) largest = std::max(largest, mass(i));
+    const double factor = seed_mass_factor(largest, num_points());
+    if (count == 0 || factor == 0) return drawn;
+    const auto units = [&](int64_t i) { return static_cast<int64_t>(mass(i) * factor); };
+    int64_t total = 0, sum = 0, mark = 0;
+    for (int64_t i = 0; i < num_points(); ++i) total += units(i);
+    const SeedMarks marks(count, total, offset);
     for (int64_t i = 0; i < num_points() && mark < count; ++i) {
-      sum += mass(i);
-      const auto passed = [&] {
-        return mark < count &&
-               (static_cast<double>(mark) + offset) * (total / static_cast<double>(count)) < sum;
-      };
-      if (mass(i) == 0 || !passed()) continue;
+      sum += units(i);
+      if (!marks.passes(sum, mark)) continue;
       drawn.push_back(i);
-      while (passed()) ++mark;
+      while (marks.passes(sum, mark)) ++mark;
     }
     return drawn;
   }

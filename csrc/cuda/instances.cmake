@@ -12,6 +12,7 @@ set(LONGCTX_CUDA_SOURCES
   csrc/cuda/gather_kv.cu
   csrc/cuda/instances.cpp
   csrc/cuda/key_scores.cu
+  csrc/cuda/kmeans.cu
   csrc/cuda/linear_attention.cu
   csrc/cuda/linear_attention_decode.cu
   csrc/cuda/merge_states.cu

@@ -12,6 +12,7 @@ void run_block_sparse_attention_cuda(const BlockSparseAttentionParams& params);
 void run_compact_kv_cuda(const CompactKVParams& params);  // and truncate_kv
 void run_gather_attention_cuda(const GatherAttentionParams& params);
 void run_gather_kv_cuda(const GatherKVParams& params);
+void run_kmeans_cuda(const KMeansParams& params);
 void run_linear_attention_cuda(const LinearAttentionParams& params);
 void run_linear_attention_decode_cuda(const LinearAttentionDecodeParams& params);
 void run_merge_states_cuda(const MergeStatesParams& params);

@@ -21,6 +21,7 @@
 #include "ops/force_cuda_path.h"
 #include "ops/gather_attention.h"
 #include "ops/gather_kv.h"
+#include "ops/kmeans.h"
 #include "ops/linear_attention.h"
 #include "ops/linear_attention_decode.h"
 #include "ops/linear_attention_states.h"
@@ -160,6 +161,7 @@ STABLE_TORCH_LIBRARY_IMPL(longctx, CUDA, m) {
   m.impl("gather_attention",
          TORCH_BOX(&OnDevice<&gather_attention<cuda::run_gather_attention_cuda>>::run));
   m.impl("gather_kv", TORCH_BOX(&OnDevice<&gather_kv<cuda::run_gather_kv_cuda>>::run));
+  m.impl("kmeans", TORCH_BOX(&OnDevice<&kmeans<cuda::run_kmeans_cuda>>::run));
   m.impl(
       "linear_attention_decode",
       TORCH_BOX(&OnDevice<&linear_attention_decode<cuda::run_linear_attention_decode_cuda>>::run));

@@ -9,6 +9,7 @@
 #include "ops/force_cuda_path.h"
 #include "ops/gather_attention.h"
 #include "ops/gather_kv.h"
+#include "ops/kmeans.h"
 #include "ops/linear_attention.h"
 #include "ops/linear_attention_decode.h"
 #include "ops/linear_attention_states.h"
@@ -83,6 +84,7 @@ STABLE_TORCH_LIBRARY_IMPL(longctx, CPU, m) {
   m.impl("compact_kv", TORCH_BOX(&compact_kv<run_compact_kv_cuda>));
   m.impl("gather_attention", TORCH_BOX(&gather_attention<run_gather_attention_cuda>));
   m.impl("gather_kv", TORCH_BOX(&gather_kv<run_gather_kv_cuda>));
+  m.impl("kmeans", TORCH_BOX(&kmeans<run_kmeans_cuda>));
   m.impl("linear_attention_decode",
          TORCH_BOX(&linear_attention_decode<run_linear_attention_decode_cuda>));
   m.impl("linear_attention", TORCH_BOX(&linear_attention<run_linear_attention_cuda>));
