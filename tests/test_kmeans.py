@@ -15,6 +15,7 @@ from checks import assert_same_bits, record
 from op_case import DTYPES, Call, generator, int32, randn
 
 METRICS = ("cosine", "euclidean")
+WIDE = tuple(dtype for dtype in (torch.float64, torch.float32) if dtype in DTYPES)
 
 
 def planted(
@@ -61,8 +62,8 @@ def with_twin(
 @pytest.mark.parametrize("num_clusters", [1, 31, 33, 70])
 def test_equal_to_the_twin(isa: str, metric: str, num_clusters: int) -> None:
     """Without near ties the steps decide, not the rounding; around the widths of panels, and past the points."""
-    for dtype, dim in ((torch.float64, 16), (torch.float32, 7)):
-        check(*with_twin(metric, num_clusters, dtype, dim))
+    for dtype in WIDE:
+        check(*with_twin(metric, num_clusters, dtype, 16 if dtype == torch.float64 else 7))
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -76,28 +77,28 @@ def test_planted_clusters_are_found(dtype: torch.dtype, metric: str) -> None:
 
 @pytest.mark.sanitize
 def test_options(isa: str) -> None:
-    for dtype in (torch.float64, torch.float32):
+    for dtype in WIDE:
         check(CASES["kmeans"].calls["all_options"](dtype))
 
 
 def test_centroids_are_means_of_keys_as_given() -> None:
     """The cosine metric compares directions alone; what it returns has the keys' lengths."""
-    keys, _ = planted(torch.float64)
-    scale = torch.exp2(torch.randint(-3, 4, keys.shape[:3], generator=generator(5)).double())[..., None]
+    keys, _ = planted(WIDE[0])
+    scale = torch.exp2(torch.randint(-3, 4, keys.shape[:3], generator=generator(5)).to(WIDE[0]))[..., None]
     _, labels, _ = longctx.kmeans(keys, 9)
     centroids, scaled_labels, counts = longctx.kmeans(keys * scale, 9)
     assert torch.equal(scaled_labels, labels)
-    member = torch.nn.functional.one_hot(labels.long(), 9).double()
+    member = torch.nn.functional.one_hot(labels.long(), 9).to(keys)
     torch.testing.assert_close(centroids, member.mT @ (keys * scale) / counts[..., None])
 
 
 @pytest.mark.parametrize("metric", METRICS)
 def test_more_iterations_are_no_worse(metric: str) -> None:
-    keys = randn(2, 1, 300, 12, dtype=torch.float64, seed=3)
-    runs = [longctx.kmeans(keys, 20, num_iters=i, metric=metric) for i in (0, 1, 3, 8, 1000, 1001)]
+    keys = randn(2, 1, 300, 12, dtype=WIDE[0], seed=3)
+    runs = [longctx.kmeans(keys, 20, num_iters=i, metric=metric) for i in (0, 1, 3, 8, 60, 61)]
     sums = [inertia(keys, labels, metric) for _, labels, _ in runs]
     for later, earlier in zip(sums[1:], sums, strict=False):
-        assert (later <= earlier * (1 + 1e-12)).all()
+        assert (later <= earlier * (1 + 4096 * torch.finfo(keys.dtype).eps)).all()
     assert_same_bits(runs[-1], runs[-2])  # it has come to rest
 
 
@@ -126,7 +127,7 @@ def test_ties_go_to_the_lowest_cluster() -> None:
 
 
 def test_fewer_different_keys_than_clusters() -> None:
-    keys = randn(1, 1, 6, 8, dtype=torch.float64, seed=8)[:, :, torch.arange(60) % 6]
+    keys = randn(1, 1, 6, 8, dtype=WIDE[0], seed=8)[:, :, torch.arange(60) % 6]
     centroids, _, counts = check({"keys": keys, "num_clusters": 12})
     assert (counts > 0).sum() == 6
     sums = (centroids[counts > 0].sum(dim=-1), keys[0, 0, :6].sum(dim=-1))
@@ -152,7 +153,7 @@ def test_no_keys() -> None:
 
 def test_keys_of_zeros() -> None:
     """They have no direction: equally far from every unit vector, and so with whichever centroid is shortest."""
-    keys = randn(1, 1, 20, 8, dtype=torch.float64, seed=9)
+    keys = randn(1, 1, 20, 8, dtype=WIDE[0], seed=9)
     keys[:, :, ::3] = 0.0
     _, labels, _ = check({"keys": keys, "num_clusters": 4})
     assert labels[0, 0, ::3].unique().numel() == 1
@@ -172,7 +173,7 @@ def test_lengths_equal_shorter_keys(isa: str) -> None:
 
 def test_levels_are_compositions() -> None:
     """A centroid that stands for its keys: coarse centroids are the means of all keys below them."""
-    keys = randn(1, 2, 800, 16, dtype=torch.float64, seed=11)
+    keys = randn(1, 2, 800, 16, dtype=WIDE[0], seed=11)
     centroids, labels, counts = longctx.kmeans(keys, 90)
     coarse, coarse_labels, coarse_counts = longctx.kmeans(centroids, 10, counts=counts)
     of_keys = coarse_labels.gather(2, labels.long())
@@ -193,6 +194,7 @@ def test_heads_and_batch_entries_do_not_mix(isa: str) -> None:
             assert_same_bits(tuple(x[b : b + 1, h : h + 1] for x in together), alone)
 
 
+@pytest.mark.runs_on("cpu", "cuda", reason="fibers take turns in a fixed order")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_same_bits_on_any_number_of_threads(isa: str, dtype: torch.dtype) -> None:
     keys = randn(1, 2, 1500, 20, dtype=dtype, seed=13)
