@@ -359,12 +359,12 @@ assert not right and text == "1/4 wrong, first at [3], indices a dim 1/4", text
 
 
 def test_smokes_of_selections_on_the_cpu() -> None:
-    """Every call of the ops that summarise, score, select and move, in every dtype."""
+    """Every call of the ops that summarise, score, select, cluster and move, in every dtype."""
     code = """
 import runpy
 smoke = runpy.run_path("bench/gpu_smoke.py")
 ops = ("summarize_pages", "update_pages", "page_scores", "token_scores", "topk_select", "threshold_select",
-       "gather_kv", "compact_kv", "truncate_kv")
+       "gather_kv", "compact_kv", "truncate_kv", "kmeans")
 chosen = [s for s in smoke["other_smokes"]("cpu") if s.op in ops]
 assert {s.op for s in chosen} == set(ops) and all([smoke["run"](s, "cpu") for s in chosen])
 """

@@ -15,7 +15,7 @@ import target
 from cases import CASES
 from checks import as_tuple, assert_same_bits, assert_same_result, check_attention
 from longctx.prefill import AttentionContext, LMInfinite
-from longctx.testing import force_cuda_path
+from longctx.testing import force_cuda_path, force_isa
 from op_case import Call, OpCase, qkv, randn
 from policy_cases import CALLS, POLICIES, rope
 from prefill_cases import random_blocks
@@ -26,6 +26,19 @@ on_cuda_kernels = pytest.mark.runs_on("cuda", "simt", reason="about the CUDA ker
 
 def supported(*cases: OpCase) -> list[OpCase]:
     return [case for case in cases if case.name in target.ops]
+
+
+@on_cuda_kernels
+def test_kmeans_takes_what_the_others_take() -> None:
+    for keys, rule in (
+        (
+            randn(1, 1, 4, 8, dtype=torch.float64, seed=0),
+            "have dtype float32, bfloat16 or float16 on CUDA; got float64",
+        ),
+        (randn(1, 1, 4, 300, seed=0), "have a head_dim of at most 256 on CUDA; got 300"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(f"longctx::kmeans: `keys` must {rule}")):
+            longctx.kmeans(keys, 2)
 
 
 @on_cuda_kernels
@@ -134,6 +147,17 @@ def assert_same_on_both(op: Callable[..., object], call: Call) -> None:
         expected = as_tuple(op(**call))
     for a, b in zip(actual, expected, strict=True):
         assert torch.equal(a.cpu(), b)
+
+
+@on_gpu
+@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_clusters_are_those_of_the_cpu(dtype: torch.dtype, metric: str) -> None:
+    """To the bit, where it multiplies and adds in one step: float32 products and float64 sums have one order."""
+    with force_isa("avx2"):
+        for n, dim, num_clusters in ((20_000, 128, 1000), (3000, 200, 40)):
+            keys = randn(1, 2, n, dim, dtype=dtype, seed=n)
+            assert_same_on_both(longctx.kmeans, {"keys": keys, "num_clusters": num_clusters, "metric": metric})
 
 
 @on_gpu

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import functools
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +17,7 @@ from torch import Tensor
 import longctx
 from cases import CASES
 from checks import assert_same_bits, record
+from longctx.testing import available_isas
 from op_case import DTYPES, Call, generator, int32, randn
 
 METRICS = ("cosine", "euclidean")
@@ -214,3 +220,25 @@ def test_the_same_bits_on_any_number_of_threads(isa: str, dtype: torch.dtype) ->
 def test_options_that_change_the_draw(options: dict[str, Any]) -> None:
     keys = randn(1, 1, 500, 16, seed=14)
     assert not torch.equal(longctx.kmeans(keys, 30)[1], longctx.kmeans(keys, 30, **options)[1])
+
+
+def digest() -> str:
+    """Of clusters with more members than a run, more centroids than a panel, and rows of both kinds of tiles."""
+    found = hashlib.sha256()
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for metric, n, dim, num_clusters in (("cosine", 400, 24, 9), ("euclidean", 300, 130, 140)):
+            keys = randn(1, 1, n, dim, dtype=dtype, seed=n)
+            for output in longctx.kmeans(keys, num_clusters, num_iters=4, metric=metric):  # type: ignore[arg-type]
+                found.update(output.view(torch.uint8).numpy())
+    return found.hexdigest()
+
+
+@pytest.mark.runs_on("simt", reason="compares with the CPU's kernels, in another process")
+def test_the_bits_of_the_cpu() -> None:
+    """Where it multiplies and adds in one step; near ties are what another rounding would decide otherwise."""
+    if "avx2" not in available_isas():
+        pytest.skip("this machine has no avx2")
+    code = "from test_kmeans import *; print(digest())"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == digest()

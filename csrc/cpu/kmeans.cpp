@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "kernels.h"
-#include "longctx/seed_draw.h"
+#include "longctx/clusters.h"
 #include "longctx/sequence.h"
 #include "nearest_kernels.h"
 #include "parallel.h"
@@ -241,6 +241,7 @@ class KMeans {
 
   struct Row {
     std::vector<double> sum;  // [dim]
+    std::vector<double> run;  // [dim]
     std::vector<T> mean;      // [dim]
   };
 
@@ -249,14 +250,20 @@ class KMeans {
   int64_t mean_of(int64_t cluster, const Rows& rows, Row& row) const {
     std::fill(row.sum.begin(), row.sum.end(), 0.0);
     int64_t weight = 0;
-    for (int64_t m = offsets_[static_cast<size_t>(cluster)];
-         m < offsets_[static_cast<size_t>(cluster) + 1]; ++m) {
-      const int64_t i = members_[static_cast<size_t>(m)];
-      const auto* from = rows(i);
-      const auto factor = static_cast<double>(weights_[static_cast<size_t>(i)]);
-      double* sum = row.sum.data();
-      for (int64_t d = 0; d < p_.dim; ++d) sum[d] += factor * widen(from[d]);
-      weight += weights_[static_cast<size_t>(i)];
+    const int64_t begin = offsets_[static_cast<size_t>(cluster)];
+    const int64_t end = offsets_[static_cast<size_t>(cluster) + 1];
+    const int64_t length = member_run(end - begin);
+    for (int64_t first = begin; first < end; first += length) {
+      std::fill(row.run.begin(), row.run.end(), 0.0);
+      for (int64_t m = first; m < std::min(first + length, end); ++m) {
+        const int64_t i = members_[static_cast<size_t>(m)];
+        const auto* from = rows(i);
+        const auto factor = static_cast<double>(weights_[static_cast<size_t>(i)]);
+        double* run = row.run.data();
+        for (int64_t d = 0; d < p_.dim; ++d) run[d] += factor * widen(from[d]);
+        weight += weights_[static_cast<size_t>(i)];
+      }
+      for (size_t d = 0; d < row.sum.size(); ++d) row.sum[d] += row.run[d];
     }
     const double divisor = weight > 0 ? static_cast<double>(weight) : 1.0;
     for (size_t d = 0; d < row.sum.size(); ++d) row.mean[d] = static_cast<T>(row.sum[d] / divisor);
@@ -268,7 +275,10 @@ class KMeans {
   void for_each_cluster(const Work& work) const {
     const auto dim = static_cast<size_t>(p_.dim);
     for_each_item(
-        num_panels_, [&] { return Row{std::vector<double>(dim), std::vector<T>(dim)}; },
+        num_panels_,
+        [&] {
+          return Row{std::vector<double>(dim), std::vector<double>(dim), std::vector<T>(dim)};
+        },
         [&](int64_t panel, Row& row) {
           const int64_t end = std::min((panel + 1) * kernels_.panel, p_.num_clusters);
           for (int64_t c = panel * kernels_.panel; c < end; ++c) work(c, row);

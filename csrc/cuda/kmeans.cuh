@@ -9,7 +9,7 @@
 #pragma once
 #include "cuda/block_reduce.cuh"
 #include "cuda/key_rows.cuh"
-#include "longctx/seed_draw.h"
+#include "longctx/clusters.h"
 
 namespace longctx::cuda {
 
@@ -119,7 +119,7 @@ read_points_kernel(const LONGCTX_GRID_CONSTANT KMeansJob job) {
   job.squares[at] = static_cast<float>(of_point);
 }
 
-constexpr int kMeanWarps = 4;
+constexpr int kMeanWarps = kMemberRuns;
 constexpr int kMeanThreads = kMeanWarps * device::kWarpSize;
 constexpr int kMeanDims = 8;  // of a lane
 constexpr int kMaxDim = kMeanDims * device::kWarpSize;
@@ -130,9 +130,9 @@ struct MeanShared {
   float mean[kMaxDim];
 };
 
-// Grid: heads * clusters. Members are summed in their order, by one warp as far as 32 go, by all
-// four in runs that follow each other where there are more. `last`: of keys as they are given, into
-// the outputs; else of points, and a cluster without members keeps its centroid.
+// Grid: heads * clusters. Members are summed in their order, a run by each warp. `last`: of keys as
+// they are given, into the outputs; else of points, and a cluster without members keeps its
+// centroid.
 template <class T>
 LONGCTX_KERNEL(kMeanThreads, 4)
 cluster_means_kernel(const LONGCTX_GRID_CONSTANT KMeansJob job, const bool last) {
@@ -146,8 +146,7 @@ cluster_means_kernel(const LONGCTX_GRID_CONSTANT KMeansJob job, const bool last)
   if (!last && count == 0) return;
   const int dim = static_cast<int>(job.p.dim), lane = device::lane_index();
   const int warp = device::warp_index();
-  const int even = (count + kMeanWarps - 1) / kMeanWarps;
-  const int run = even < device::kWarpSize ? device::kWarpSize : even;
+  const int run = static_cast<int>(member_run(count));
   const int run_end = warp * run + run < count ? warp * run + run : count;
 
   // sum members

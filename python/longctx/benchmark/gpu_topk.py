@@ -1,4 +1,4 @@
-"""Which keys a decode step reads, on a GPU: summaries and scores of pages, scores of keys, the best of each row."""
+"""Which keys a decode step reads, on a GPU: summaries, clusters and scores of keys and pages, the best of each row."""
 
 from __future__ import annotations
 
@@ -194,6 +194,51 @@ def quest_step(length: int, device: str) -> Work:
     return Work(inputs, {"longctx": step, **peers.decode(inputs)}, 0.0, read, check)
 
 
+def clusters(length: int, device: str) -> Work:
+    """5% of the keys as clusters, 10 iterations, 8 heads; torch starts from the first keys, which costs nothing."""
+    heads, dim, count, num_iters = 8, 128, max(1, length // 20), 10
+    of = torch.arange(length, device=device) % count
+    centres = randn(1, heads, count, dim, device=device, seed=0)
+    inputs = {"keys": centres[:, :, of] + 2 * randn(1, heads, length, dim, device=device, seed=1)}
+
+    def means(points: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        sizes = points.new_zeros(heads, count).scatter_add_(1, labels, points.new_ones(heads, length))
+        sums = points.new_zeros(heads, count, dim)
+        sums.scatter_add_(1, labels[..., None].expand(-1, -1, dim), points)
+        return sums / sizes.clamp(min=1)[..., None], sizes
+
+    def lloyd(i: Inputs) -> tuple[Tensor, Tensor]:
+        points = i["keys"][0].float()
+        centroids = points[:, :count]
+        for _ in range(num_iters + 1):
+            labels = torch.baddbmm(-0.5 * centroids.square().sum(-1)[:, None], points, centroids.mT).argmax(dim=-1)
+            found, sizes = means(points, labels)
+            centroids = torch.where(sizes[..., None] > 0, found, centroids)
+        return centroids, labels
+
+    def spread(labels: Tensor) -> float:
+        points = inputs["keys"][0].float()
+        found, sizes = means(points, labels)
+        return float(points.square().sum() - (sizes * found.square().sum(-1)).sum())
+
+    def check(name: str, output: Any) -> None:
+        """Clusters as tight as the planted ones; of all keys under any labels the spread is a quarter more."""
+        labels = output[1].view(heads, length).long()
+        if spread(labels) > 1.1 * spread(of.expand(heads, -1)):
+            raise ValueError("clusters are not tight")
+        if name == "longctx":
+            found, sizes = means(inputs["keys"][0].float(), labels)
+            torch.testing.assert_close(output[0][0].float(), found, atol=5e-2, rtol=2e-2)
+            torch.testing.assert_close(output[2][0].float(), sizes, atol=0, rtol=0)
+
+    contenders: dict[str, Run] = {
+        "longctx": lambda i: longctx.kmeans(i["keys"], count, num_iters=num_iters, metric="euclidean"),
+        "torch": lloyd,
+    }
+    flops = 2.0 * (num_iters + 1) * heads * length * count * dim
+    return Work(inputs, contenders, flops, float(inputs["keys"].nbytes), check)
+
+
 def case(title: str, length: int, **options: Any) -> GpuCase:
     return gpu_case(title, "topk_select", length, topk, **({"dtype": torch.float32} | options))
 
@@ -215,4 +260,5 @@ OTHERS = [
     gpu_case("one new key, pages of 16, 8 heads", "update_pages", 128 * K, updates),
     gpu_case("extremes of pages of 16, heads 32/8, one token", "page_scores", 128 * K, page_bounds),
     gpu_case("all keys, heads 32/8, one token", "token_scores", 128 * K, key_products),
+    gpu_case("5% clusters, 10 iterations, 8 heads", "kmeans", 32 * K, clusters),
 ]

@@ -1,5 +1,5 @@
-// How k-means draws its seeds, on every device alike: masses are summed as integers, so that the
-// order of the sum does not matter.
+// What k-means does on every device alike, to the bit: masses by which seeds are drawn are summed
+// as integers, whose order does not matter, and rows of a cluster in one order.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -60,5 +60,12 @@ struct SeedMarks {
     return mark;
   }
 };
+
+// Rows of a cluster are summed in runs of this many, of at most kMemberRuns, and then the runs.
+constexpr int kMemberRuns = 4;
+LONGCTX_HD inline int64_t member_run(int64_t num_members) {
+  const int64_t even = (num_members + kMemberRuns - 1) / kMemberRuns;
+  return even < 32 ? 32 : even;
+}
 
 }  // namespace longctx
