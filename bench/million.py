@@ -9,6 +9,7 @@ right ones: a query for one must give its value. The file, 8 GiB, is deleted at 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import tempfile
 import time
@@ -56,37 +57,64 @@ def chunks(layer: int, num_tokens: int) -> Iterator[tuple[Tensor, Tensor]]:
         yield k, v
 
 
-def attend(layer: StoreLayer, q: Tensor, budget: int) -> Tensor:
-    """One layer of one step: score the pages, choose, attend."""
+def attend(layer: StoreLayer, q: Tensor, budget: int, read_ahead: int = 0) -> Tensor:
+    """One layer of one step: score the pages, choose, attend; the next best ones come in the background."""
     page_size = layer.geometry.page_size
     assert layer.summary is not None
     scores = longctx.page_scores(q, layer.summary.pages, head_reduce="group_max")
     pages, counts = longctx.topk_select(scores, min(budget // page_size, scores.shape[-1]))
-    out, _ = layer.attend(q, pages, counts, num_first=page_size, num_last=page_size)
+    ahead = None
+    if read_ahead:
+        ahead, _ = longctx.topk_select(scores, min(budget // page_size + read_ahead, scores.shape[-1]))
+    out, _ = layer.attend(q, pages, counts, num_first=page_size, num_last=page_size, ahead=ahead)
     return out
 
 
-def decode(store: PageStore, steps: int, budget: int, similarity: float) -> dict[str, float]:
-    """Steps with queries of which each resembles the last by `similarity`, the cosine of the two."""
-    generator = torch.Generator().manual_seed(1)
+def queries_of(store: PageStore, trace: str, seed: int) -> Iterator[Tensor]:
+    """Queries `[layers, 1, num_q_heads, 1, head_dim]` of one token after the other.
+
+    A trace is the cosine of a query with the one before, or "topics": queries turn to one direction for 16 tokens, then
+    to another.
+    """
+    generator = torch.Generator().manual_seed(seed)
     shape = (len(store.layers), 1, NUM_Q_HEADS, 1, HEAD_DIM)
     queries = torch.randn(shape, generator=generator)
+    for step in itertools.count():
+        if trace != "topics" or step % 16 == 0:
+            fresh = torch.randn(shape, generator=generator)
+        similarity = 0.95 if trace == "topics" else float(trace)
+        queries = similarity * queries + (1 - similarity**2) ** 0.5 * fresh
+        queries *= HEAD_DIM**0.5 / queries.norm(dim=-1, keepdim=True)
+        yield queries.bfloat16()
+
+
+def decode(store: PageStore, steps: int, budget: int, trace: str, read_ahead: int, seed: int) -> dict[str, object]:
+    """Steps of a trace that no run before has seen, behind eight that bring its first pages."""
+    generator = torch.Generator().manual_seed(seed)
+    trace_queries = queries_of(store, trace, seed)
+
+    def run(count: int) -> None:
+        for queries in itertools.islice(trace_queries, count):
+            for layer, q in zip(store.layers, queries, strict=True):
+                k, v = torch.randn(2, 1, NUM_KV_HEADS, 1, HEAD_DIM, generator=generator).bfloat16()
+                layer.append(k, v)
+                attend(layer, q, budget, read_ahead)
+
+    run(8)
+    store.settle()
     store.reset_stats()
     read = store.stats.bytes_read
     began = time.perf_counter()
-    for _ in range(steps):
-        fresh = torch.randn(shape, generator=generator)
-        queries = similarity * queries + (1 - similarity**2) ** 0.5 * fresh
-        for layer, q in zip(store.layers, queries.bfloat16(), strict=True):
-            k, v = torch.randn(2, 1, NUM_KV_HEADS, 1, HEAD_DIM, generator=generator).bfloat16()
-            layer.append(k, v)
-            attend(layer, q, budget)
+    run(steps)
     seconds = time.perf_counter() - began
     stats = store.stats
     return {
-        "query similarity": similarity,
+        "queries": trace,
+        "read ahead": read_ahead,
         "tokens/s": steps / seconds,
         "hit rate": stats.hit_rate,
+        "misses per token": stats.misses / steps,
+        "read-ahead hits per token": stats.read_ahead_hits / steps,
         "MiB read per token": (stats.bytes_read - read) / steps / 2**20,
     }
 
@@ -123,7 +151,10 @@ def run(arguments: argparse.Namespace, path: Path) -> dict[str, object]:
             "tokens": store.num_tokens,
             "KV GiB": store.stats.bytes_written / 2**30,
             "fill seconds": seconds,
-            "runs": [decode(store, arguments.steps, arguments.budget, similarity) for similarity in (0.0, 0.98)],
+            "runs": [
+                decode(store, arguments.steps, arguments.budget, trace, read_ahead, seed)
+                for seed, (trace, read_ahead) in enumerate(itertools.product(arguments.queries, arguments.read_ahead))
+            ],
             "needles": NEEDLES * arguments.layers,
             "needles found": find_needles(store, arguments.tokens, arguments.budget),
             "frames MiB": store.host.max_bytes / 2**20,
@@ -142,6 +173,8 @@ def main() -> None:
     parser.add_argument("--budget", type=int, default=2048, help="tokens that each kv head selects")
     parser.add_argument("--max-host-mib", type=int, default=1024, help="memory for pages")
     parser.add_argument("--steps", type=int, default=64)
+    parser.add_argument("--queries", nargs="+", default=["0", "0.98"], help="cosines of neighbours, or topics")
+    parser.add_argument("--read-ahead", nargs="+", type=int, default=[0], help="next best pages that are brought too")
     parser.add_argument("--buffered", action="store_true", help="read through the page cache, which fills with pages")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.path) as directory:

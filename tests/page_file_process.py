@@ -3,6 +3,7 @@
 The compiled module is loaded alone, so that a process starts in a tenth of a second.
 """
 
+import functools
 import importlib.util
 import random
 import sys
@@ -21,6 +22,10 @@ GEOMETRY = {
 }
 NUM_LANES = 6
 PAGE_BYTES = 1024
+
+
+# Three sequences that share pages, a lane each.
+SHARED = {**GEOMETRY, "num_layers": 1, "batch": 3, "num_kv_heads": 1}
 
 
 def load_host(path):
@@ -74,5 +79,53 @@ def read(host, path, total):
             return
 
 
+def changes(file=None):
+    """What a writer does to three lanes that share pages, by fixed dice: yields after each commit what they hold.
+
+    A page is known by the number of the append that wrote it. Without a file, it only says what would be there.
+    """
+    dice, lanes, count = random.Random(0), [[], [], []], 0
+    while True:
+        for _ in range(dice.randint(1, 3)):
+            lane, source = dice.randrange(3), dice.randrange(3)
+            keep = dice.randint(len(lanes[source]) // 2, len(lanes[source]))
+            lanes[lane] = lanes[source][:keep]
+            if file is not None:
+                file.share(lane, source, keep)
+        for lane in range(3):
+            added = list(range(count, count + dice.randint(0, 9)))
+            count += len(added)
+            if file is not None and added:
+                pages = len(lanes[lane]) + np.arange(len(added))
+                buffer = np.stack([content(lane=0, page=number) for number in added])
+                file.append(np.full(len(added), lane), pages, np.full(len(added), 4), buffer, np.arange(len(added)))
+            lanes[lane] += added
+        if file is not None:
+            file.commit()
+        yield [list(pages) for pages in lanes]
+
+
+@functools.cache
+def numbers_of_pages():
+    return {content(0, number).tobytes(): number for number in range(4000)}
+
+
+def held(file):
+    """What `changes` would call the pages of each lane."""
+    numbers, lanes = numbers_of_pages(), []
+    for lane in range(3):
+        count = file.num_pages(lane)
+        buffer = np.zeros((count, PAGE_BYTES), dtype=np.uint8)
+        file.read(np.full(count, lane), np.arange(count), buffer, np.arange(count))
+        lanes.append([numbers[row.tobytes()] for row in buffer])
+    return lanes
+
+
+def share(host, path):
+    """Shares, cuts, appends and commits until it is killed; says how often it has committed."""
+    for number, _ in enumerate(changes(host.PageFile.create(path, SHARED))):
+        print(number, flush=True)
+
+
 if __name__ == "__main__":
-    {"write": write, "read": read}[sys.argv[2]](load_host(sys.argv[1]), *sys.argv[3:])
+    {"write": write, "read": read, "share": share}[sys.argv[2]](load_host(sys.argv[1]), *sys.argv[3:])

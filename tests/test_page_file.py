@@ -137,6 +137,61 @@ def test_killed_writer(path, after):
         del file
 
 
+@pytest.mark.parametrize("after", [2, 40])
+def test_killed_writer_whose_lanes_share_pages(path, after):
+    """What is there is what was committed, once and not more: lanes and pages as after one of the last commits."""
+    writer = start("share", path)
+    reported = int(list(itertools.islice(writer.stdout, after))[-1])
+    os.kill(writer.pid, signal.SIGKILL)
+    reported = int([reported, *writer.communicate()[0].splitlines()][-1])
+    file = PageFile.open(path, writable=True)
+    file.verify()
+    states = list(itertools.islice(process.changes(), reported + 2))
+    assert process.held(file) in states[reported:]
+
+
+@pytest.mark.sanitize
+def test_lanes_share_pages(path):
+    """What lanes hold after shares and cuts, for the writer, for a reader beside it, and for whoever opens the file."""
+    file = PageFile.create(path, process.SHARED)
+    reader = PageFile.open(path)
+    before = [[], [], []]
+    for state in itertools.islice(process.changes(file), 25):
+        changed = reader.refresh()
+        assert process.held(file) == process.held(reader) == process.held(PageFile.open(path)) == state
+        for lane in range(3):  # what refresh() does not name is as it was
+            assert before[lane][: changed[lane]] == state[lane][: changed[lane]]
+        before = state
+    common = sum(a == b for a, b in zip(state[0], state[1], strict=False))
+    assert file.num_shared(0, 1) == common
+    # A page is stored once, however many lanes have it.
+    blocks = os.stat(path).st_blocks * 512
+    distinct = len(set().union(*state))
+    assert distinct * 4096 <= blocks <= (distinct + 129) * 4096 + 12288 + 4096 * (1 + len(state))
+    with pytest.raises(PageFileError, match="cannot give lane 0 the first 9999 of"):
+        file.share(0, 1, 9999)
+    with pytest.raises(PageFileError, match="cannot give lane 0"):  # another head of the sequence
+        create(path + "2", 3).share(0, 1, 1)
+
+
+@pytest.mark.sanitize
+def test_rollback_to_a_mark_keeps_cuts_before_it(path):
+    file = PageFile.create(path, process.SHARED)
+    *_, state = itertools.islice(process.changes(file), 5)
+    longest = max(range(3), key=lambda lane: len(state[lane]))
+    file.share(0, longest, 4)
+    mark = file.mark()
+    page = process.content(0, 3999)[None]
+    file.append([0], [4], [4], page, [0])
+    file.rollback(mark)
+    assert process.held(file)[0] == state[longest][:4]
+    file.append([0], [4], [4], page, [0])
+    file.commit()
+    assert process.held(PageFile.open(path))[0] == [*state[longest][:4], 3999]
+    with pytest.raises(PageFileError, match="cannot go back"):
+        file.rollback(mark)
+
+
 def test_readers_beside_a_writer(path):
     file = create(path)
     total, failures = 600, []

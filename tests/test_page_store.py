@@ -1,5 +1,6 @@
 """The page store: the same attention from any tiers, memory that is never exceeded, pages that stay or leave."""
 
+import os
 import re
 import resource
 import runpy
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 import longctx
-from longctx.store import PageGeometry, PageStore, PageStoreError
+from longctx.store import PageGeometry, PageStore, PageStoreError, TierPart, attend_tiers
 from op_case import generator
 
 pytest.importorskip("longctx._host", reason="longctx._host was not built")
@@ -58,6 +59,7 @@ def fill_with_nan(store):
 def assert_attends(layer, k, v, indices, q, **options):
     """As gather_attention over the tokens in one piece."""
     out, lse = layer.attend(q, indices, **options)
+    options = {name: value for name, value in options.items() if name not in ("sequences", "ahead")}
     options.setdefault("block_size_k", layer.geometry.page_size)
     expected = longctx.gather_attention(q, k, v, indices, **options)
     tolerance = 1e-5 if q.dtype == torch.float32 else 2e-2
@@ -156,6 +158,143 @@ def test_reopened_store(tmp_path):
             assert_attends(layer, k, v, pick(GEOMETRY, 13, 5), queries(GEOMETRY), num_last=20)
 
 
+def test_reader_sees_what_was_written_anew(tmp_path):
+    """The writer takes tokens back and appends as many others: a reader keeps no page of the first ones."""
+    (k, v), (k2, v2) = tokens(GEOMETRY, 200), tokens(GEOMETRY, 200, seed=1)
+    with open_store(GEOMETRY, tmp_path / "kv") as store:
+        store.layers[0].append(k, v)
+        store.layers[1].append(k, v)
+        store.commit()
+        with PageStore.open(tmp_path / "kv", max_host_bytes=1 << 20, writable=False) as reader:
+            reader.layers[0].summarize()
+            assert_attends(reader.layers[0], k, v, pick(GEOMETRY, 25, 25), queries(GEOMETRY))
+            store.rewind(50)
+            for layer in store.layers:
+                layer.append(k2[:, :, 50:], v2[:, :, 50:])
+            assert_attends(reader.layers[0], k, v, pick(GEOMETRY, 25, 5), queries(GEOMETRY))  # from its frames
+            with pytest.raises(
+                PageStoreError, match="has been written to, and page 9 .* see what there is by `refresh`"
+            ):
+                reader.layers[1].attend(queries(GEOMETRY), torch.full((1, 1, 1, 1), 9, dtype=torch.int32))
+            assert reader.refresh()
+            k[:, :, 50:], v[:, :, 50:] = k2[:, :, 50:], v2[:, :, 50:]
+            for layer in reader.layers:
+                assert_attends(layer, k, v, pick(GEOMETRY, 25, 25), queries(GEOMETRY))
+            expected = longctx.summarize_pages(k, 8, method="minmax")
+            torch.testing.assert_close(reader.layers[0].summary.pages, expected)
+
+
+def test_sequences_of_a_store(tmp_path):
+    """Of different lengths, shared and parted; one frame and one place in the file for what they share."""
+    geometry = PageGeometry(num_layers=1, batch=3, num_kv_heads=2, head_dim=32, page_size=8, dtype=torch.float32)
+    k, v = tokens(geometry, 100)
+    with open_store(geometry, tmp_path / "kv", frames=100, device_frames=60) as store:
+        layer = store.layers[0]
+        layer.summarize()
+        layer.append(k[:1], v[:1], sequences=range(1))
+        layer.append(k[1:2], v[1:2], sequences=range(1, 2), skip=[60])
+        used, written = store.stats.host_bytes, store.stats.bytes_written
+        store.share([(2, 0)])
+        assert (store.stats.host_bytes, store.stats.bytes_written) == (used, written)
+        assert store.lengths.tolist() == [100, 40, 100]
+        layer.append(k[:, :, :9], v[:, :, 9:18])  # each goes on where it ends
+        held = [
+            [torch.cat([x[row, :, begin:], y[row, :, a : a + 9]], 1) for x, y, a in ((k, k, 0), (v, v, 9))]
+            for row, begin in ((0, 0), (1, 60))
+        ]
+        parted = [torch.cat([x[0], y[2, :, a : a + 9]], 1) for x, y, a in ((k, k, 0), (v, v, 9))]
+        for row, (rows_k, rows_v) in enumerate([*held, parted]):
+            own = range(row, row + 1)
+            pages = pick(geometry, geometry.num_pages(rows_k.shape[1]), 5)[row : row + 1]
+            q = queries(geometry)[row : row + 1]
+            assert_attends(layer, rows_k[None], rows_v[None], pages, q, num_last=9, sequences=own)
+            mine = layer.summary.of(own)[:, :, : geometry.num_pages(rows_k.shape[1])]
+            torch.testing.assert_close(mine, longctx.summarize_pages(rows_k[None], 8, method="minmax"))
+        layer.rewind(45, sequences=range(2, 3))
+        layer.append(k[2:, :, :30], v[2:, :, :30], sequences=range(2, 3))
+        assert all(torch.equal(a[0], b) for a, b in zip(layer.read(0, 109, sequences=range(1)), held[0], strict=True))
+    with PageStore.open(tmp_path / "kv", max_host_bytes=100 * geometry.page_bytes) as store:
+        assert store.lengths.tolist() == [109, 49, 75]
+        layer = store.layers[0]
+        before = store.stats.host_bytes
+        layer.read(0, 40, sequences=range(1))
+        after = store.stats.host_bytes
+        found = layer.read(0, 75, sequences=range(2, 3))
+        assert store.stats.host_bytes - after < after - before  # five pages were there for both
+        for a, b in zip(found, (k, v), strict=True):
+            assert torch.equal(a[0], torch.cat([b[0, :, :45], b[2, :, :30]], 1))
+
+
+def test_a_store_that_is_let_go(tmp_path):
+    """Without `close`, the lock goes with the last reference and full pages stay; `close` twice is once."""
+    path, (k, v) = tmp_path / "kv", tokens(GEOMETRY, 50)
+    store = open_store(GEOMETRY, path)
+    for layer in store.layers:
+        layer.append(k, v)
+        layer.summarize()
+        layer.attend(queries(GEOMETRY), pick(GEOMETRY, 6, 3))
+    del layer, store
+    store = PageStore.open(path, max_host_bytes=1 << 20)
+    assert store.num_tokens == 48
+    store.close()
+    store.close()
+    store.close(commit=False)
+    with pytest.raises(PageStoreError, match="is closed"):
+        store.layers[0].append(k, v)
+    PageStore.open(path, max_host_bytes=1 << 20).close()
+
+
+def test_relative_paths_and_places_that_cannot_be_written(tmp_path, monkeypatch):
+    k, v = tokens(GEOMETRY, 500)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with open_store(GEOMETRY, "kv", frames=40) as store:
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        store.layers[0].append(k, v)
+        assert_attends(store.layers[0], k, v, pick(GEOMETRY, 63, 9), queries(GEOMETRY))
+        with PageStore.open("../kv", max_host_bytes=1 << 20, writable=False) as reader:
+            assert reader.layers[0].num_tokens == 496
+    for path in ("nowhere/kv", "/proc/kv"):
+        with pytest.raises(PageStoreError, match=rf"{path} cannot be created: "):
+            open_store(GEOMETRY, path)
+    with pytest.raises(PageStoreError, match="elsewhere cannot be opened: Is a directory"):
+        PageStore.open(tmp_path / "elsewhere", max_host_bytes=1 << 20)
+
+
+def test_forked_process(tmp_path):
+    """A child is told to open the file again, and does not keep the lock when its parent is done."""
+    path, (k, v) = tmp_path / "kv", tokens(GEOMETRY, 90)
+    store = open_store(GEOMETRY, path)
+    store.layers[0].append(k, v)
+    told, tell = os.pipe()
+    go, let = os.pipe()
+    child = os.fork()
+    if child == 0:
+        seen = b""
+        for use in (
+            lambda: store.layers[0].append(k, v),
+            lambda: store.layers[0].attend(queries(GEOMETRY), pick(GEOMETRY, 11, 3)),
+            store.commit,
+            store.refresh,
+            store.close,
+        ):
+            try:
+                use()
+                seen += b"done "
+            except PageStoreError as error:
+                seen += b"told " if "open it again here, with `writable=False`" in str(error) else b"else "
+        os.write(tell, seen)
+        os.read(go, 1)
+        os._exit(0)
+    assert os.read(told, 100) == b"told told told told done "
+    store.layers[1].append(k, v)
+    store.close()
+    with PageStore.open(path, max_host_bytes=1 << 20) as store:  # the child is still there
+        assert store.num_tokens == 90
+    os.write(let, b".")
+    assert os.waitpid(child, 0)[1] == 0
+
+
 def test_writer_that_died_between_layers(tmp_path):
     path, (k, v) = tmp_path / "kv", tokens(GEOMETRY, 50)
     store = open_store(GEOMETRY, path)
@@ -219,6 +358,42 @@ def test_read_ahead_brings_the_next_layers_pages(tmp_path):
         assert (store.stats.misses, store.stats.read_ahead_hits) == (misses, 8)
 
 
+def test_read_ahead_brings_what_is_wished_for_and_evicts_nothing_that_is_needed(tmp_path):
+    geometry = PageGeometry(num_layers=2, num_kv_heads=1, head_dim=8, page_size=4, dtype=torch.float32)
+    with open_store(geometry, tmp_path / "kv", frames=20) as store:
+        k, v = tokens(geometry, 60 * 4)
+        for layer in store.layers:
+            layer.append(k, v)
+
+        def step(layer, pages, ahead):
+            pages, ahead = (torch.tensor(x, dtype=torch.int32).view(1, 1, 1, -1) for x in (pages, ahead))
+            assert_attends(store.layers[layer], k, v, pages, queries(geometry), ahead=ahead)
+            store.settle()
+
+        def resident(layer, pages):
+            return store.host.resident(np.full(len(pages), layer), np.array(pages)).all()
+
+        for _ in range(2):  # 6 pages are pinned, 10 more belong to a token
+            step(0, [5, 6, 7, 8, 9], [])
+            step(1, [5, 6, 7, 8, 9], [])
+        store.reset_stats()
+        step(0, [5, 6, 7, 8, 9], [20, 21, -1, 99])
+        assert resident(0, [20, 21])
+        step(1, [5, 6, 7, 8, 9], range(30, 50))  # no more than what neither layer needs
+        assert resident(0, [5, 6, 7, 8, 9])
+        assert resident(1, [5, 6, 7, 8, 9, 30, 31])
+        assert store.stats.misses == 0
+        step(0, [5, 6, 7, 8, 20], [])
+        stats = store.stats
+        assert (stats.misses, stats.read_ahead, stats.read_ahead_hits, stats.read_ahead_unused) == (0, 4, 1, 0)
+        for page in range(40, 60):
+            step(0, [page], [])
+        stats = store.stats  # of layer 1's last pages too, which came back again and again
+        assert stats.read_ahead_hits == 1
+        assert 3 <= stats.read_ahead_unused <= stats.read_ahead - 1
+        assert stats.host_bytes <= store.host.max_bytes
+
+
 def test_threads_attend_to_one_store(tmp_path):
     """Frames change hands all the time; nobody reads a page that is leaving."""
     with open_store(GEOMETRY, tmp_path / "kv", frames=60) as store:
@@ -277,6 +452,48 @@ def test_disk_full_leaves_the_layer_as_it_was(tmp_path):
         assert_attends(layer, k[:, :, :301], v[:, :, :301], pick(GEOMETRY, 38, 9), queries(GEOMETRY), num_last=9)
         layer.append(k[:, :, 301:], v[:, :, 301:])
         assert_attends(layer, k, v, pick(GEOMETRY, 750, 9), queries(GEOMETRY), num_first=5, num_last=9)
+
+
+def test_disk_full_when_it_is_closed(tmp_path):
+    """There is no room for the last tokens: the store stays open and usable, and closes when there is."""
+    path, (k, v) = tmp_path / "kv", tokens(GEOMETRY, 6000)
+    store = open_store(GEOMETRY, path)
+    for layer in store.layers:
+        layer.append(k[:, :, :1023], v[:, :, :1023])  # 508 entries: four segments of 128 have room for 4 more
+    store.commit()
+    store.rewind(1022)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size, hard))
+    try:
+        with pytest.raises(PageStoreError, match="is full"):
+            store.close()
+        for layer in store.layers:
+            pages = pick(GEOMETRY, 128, 9)
+            assert_attends(layer, k[:, :, :1022], v[:, :, :1022], pages, queries(GEOMETRY), num_last=9)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    store.close()
+    with PageStore.open(path, max_host_bytes=1 << 20) as store:
+        assert store.num_tokens == 1022
+        assert torch.equal(store.layers[1].read(0, 1022)[0], k[:, :, :1022])
+
+
+def test_no_copy_to_the_host_is_left_unfinished():
+    """What a GPU sends is read at once."""
+    asked = []
+
+    class OnGpu(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            if func is torch.Tensor.to and kwargs:
+                asked.append((str(args[1]), kwargs["non_blocking"]))
+            return super().__torch_function__(func, types, args, kwargs)
+
+    x = torch.randn(1, 2, 8, 16)
+    part = TierPart(x, x, torch.zeros(1, 1, dtype=torch.int32))
+    q, indices = torch.randn(1, 2, 1, 16).as_subclass(OnGpu), torch.zeros(1, 1, 1, 1, dtype=torch.int32)
+    attend_tiers(q, [part], indices, seqused_k=torch.tensor([8], dtype=torch.int32), block_size_k=8)
+    assert asked[0] == ("cpu", False)
 
 
 def test_damaged_page_is_refused(tmp_path):

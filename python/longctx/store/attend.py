@@ -92,4 +92,5 @@ def merge_parts(states: Sequence[tuple[Tensor, Tensor]], q: Tensor) -> tuple[Ten
 
 
 def _to(value: Any, device: torch.device) -> Any:
-    return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+    # A copy to the host that is not waited for may be read before it has arrived.
+    return value.to(device, non_blocking=device.type != "cpu") if isinstance(value, Tensor) else value

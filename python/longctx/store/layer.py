@@ -106,9 +106,10 @@ class StoreLayer(StoredTokens):
         following = (self.index + 1) % g.num_layers
         for others, again in list(tiers.selected[following].items()):
             tiers.prefetch((following, others, "again"), *again, since=since)
-        if ahead is not None:
-            pages = selected_pages(g, lanes, lengths, by_lane(ahead, g.num_kv_heads), block_size_k=g.page_size)
-            tiers.prefetch((self.index, sequences, "ahead"), *pages, since=since)
+        if ahead is not None and tiers.ahead is not None:
+            wished = by_lane(ahead, g.num_kv_heads).cpu().numpy().reshape(len(lanes), -1)
+            there = np.nonzero((wished >= 0) & (wished * g.page_size < lengths[:, None]))
+            tiers.prefetch((self.index, sequences, "ahead"), lanes[there[0]], wished[there], since=since)
         out, lse = merge_parts(states, lane_q)
         shape = q.shape[:3]
         return out.reshape(*shape, g.head_dim_v), lse.reshape(shape)

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from longctx.store.tier import Lanes, Pages
+from longctx.store._host import PageFile, PageFileError
+from longctx.store.tier import Lanes, Pages, Tier
 
 
 class ReadAhead:
-    """One thread that reads what was wished for, the oldest wish first.
+    """One thread that reads what was wished for from a file into the host's frames, the oldest wish first.
 
-    A wish replaces an earlier one with the same key that has not begun: who falls behind reads what is wanted now.
-
-    Args:
-        read: brings pages, evicting no frame that was asked for after `since`.
+    A wish replaces an earlier one with the same key that has not begun: who falls behind reads what is wanted now. It
+    evicts no page that was asked for after `since`, a value of the frames' clock.
     """
 
-    def __init__(self, read: Callable[[Lanes, Pages, int], None]) -> None:
-        self._read = read
+    def __init__(self, file: PageFile, host: Tier) -> None:
+        self._file = file
+        self._host = host
         self._lock = threading.Lock()
         self._wishes: dict[Hashable, tuple[Lanes, Pages, int]] = {}
         self._thread: ThreadPoolExecutor | None = None
@@ -44,6 +44,19 @@ class ReadAhead:
                 self._running = None  # the next wish needs a new run
                 return None
             return self._wishes.pop(next(iter(self._wishes)))
+
+    def _read(self, lanes: Lanes, pages: Pages, since: int) -> None:
+        table = self._host.frames
+        frames = table.acquire_ahead(lanes, pages, since)
+        taken = frames >= 0
+        frames = frames[taken]
+        try:
+            self._file.read(lanes[taken], pages[taken], self._host.bytes, frames)
+        except PageFileError:
+            table.abandon(frames)  # who needs the page reads it again and reports what is wrong
+        else:
+            table.loaded(frames)
+            table.release(frames)
 
     def forget(self) -> None:
         """Drops wishes that have not begun and waits for the one that has."""

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from longctx.store._host import NoFrameError, PageFile, PageFileError
+from longctx.store._host import NoFrameError, PageFile
 from longctx.store.errors import PageStoreError, as_store_error
 from longctx.store.geometry import PageGeometry
 from longctx.store.read_ahead import ReadAhead
@@ -50,7 +50,7 @@ class Tiers:
         self.host = Tier(geometry, max_host_bytes, torch.device("cpu"))
         self.device = Tier(geometry, max_device_bytes, torch.device(device)) if max_device_bytes > 0 else None
         self.top = self.device if self.device is not None else self.host
-        self.ahead = ReadAhead(self._read_ahead) if read_ahead and file is not None else None
+        self.ahead = ReadAhead(file, self.host) if read_ahead and file is not None else None
         self.selected: list[dict[range, tuple[Lanes, Pages]]] = [{} for _ in range(geometry.num_layers)]
         self.closed = False
         self.device_hits = 0
@@ -131,20 +131,6 @@ class Tiers:
         if absent.any():
             most = max(1, self.host.num_frames // 4)
             self.ahead.wish(key, lanes[absent][:most], pages[absent][:most], since)
-
-    def _read_ahead(self, lanes: Lanes, pages: Pages, since: int) -> None:
-        table = self.host.frames
-        frames = table.acquire_ahead(lanes, pages, since)
-        taken = frames >= 0
-        frames = frames[taken]
-        try:
-            assert self.file is not None
-            self.file.read(lanes[taken], pages[taken], self.host.bytes, frames)
-        except PageFileError:
-            table.abandon(frames)  # who needs the page reads it again and reports what is wrong
-        else:
-            table.loaded(frames)
-            table.release(frames)
 
     # ---- pages that are written ------------------------------------------------------------------
 

@@ -186,10 +186,7 @@ class StoredTokens:
     # ---- tokens out ------------------------------------------------------------------------------
 
     def read(self, begin: int, end: int, *, sequences: range | None = None) -> tuple[Tensor, Tensor]:
-        """K and V of tokens `[begin, end)`, dense: `[len(sequences), num_kv_heads, end - begin, dim]`, in the top tier.
-
-        What follows is read from the disk while pages are copied.
-        """
+        """K and V of tokens `[begin, end)`, dense: `[len(sequences), num_kv_heads, end - begin, dim]`, in the top tier."""
         g, tiers = self.geometry, self.tiers
         sequences = self._all if sequences is None else sequences
         shortest = int(self.lengths[sequences.start : sequences.stop].min(initial=self.num_tokens))
@@ -199,12 +196,9 @@ class StoredTokens:
         first, last = begin // g.page_size, g.num_pages(end)
         lanes, pages = _grid(self._lanes(sequences), first, last)
         content = torch.empty(len(pages), tiers.top.pages.shape[1], dtype=g.dtype, device=tiers.top.device)
-        step, since = max(1, tiers.host.num_frames // 4), tiers.host.frames.clock
+        step = max(1, tiers.host.num_frames // 4)
         for at in range(0, len(pages), step):
-            now, following = slice(at, at + step), slice(at + step, at + 2 * step)
-            if at + step < len(pages):
-                tiers.prefetch("read", lanes[following], pages[following], since)
-            self._copy_pages(lanes[now], pages[now], content[now])
+            self._copy_pages(lanes[at : at + step], pages[at : at + step], content[at : at + step])
         by_token = content.view(len(sequences), g.num_kv_heads, last - first, content.shape[1])
         k, v = by_token.split([g.page_size * g.head_dim, g.page_size * g.head_dim_v], dim=3)
         cut = slice(begin - first * g.page_size, end - first * g.page_size)
