@@ -173,7 +173,7 @@ def test_reader_sees_what_was_written_anew(tmp_path):
                 layer.append(k2[:, :, 50:], v2[:, :, 50:])
             assert_attends(reader.layers[0], k, v, pick(GEOMETRY, 25, 5), queries(GEOMETRY))  # from its frames
             with pytest.raises(
-                PageStoreError, match="has been written to, and page 9 .* see what there is by `refresh`"
+                PageStoreError, match=r"has been written to, and page 9 .* see what there is by `refresh`"
             ):
                 reader.layers[1].attend(queries(GEOMETRY), torch.full((1, 1, 1, 1), 9, dtype=torch.int32))
             assert reader.refresh()

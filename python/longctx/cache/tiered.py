@@ -214,7 +214,7 @@ class TieredQuestCache(LongctxCache):
             (`num_first_pages`, `num_last_pages`).
         head_reduce: how the query heads of a kv head agree on pages (`longctx.page_scores`).
         read_ahead: of the pages that score next best, how many of each kv head the disk brings in the background, for
-            the next token.
+            the next token. It halves the misses, and pays on a slow disk only (docs/topk_kv.md, Page store).
         sequences: of the store, one a row. `None`: those that hold tokens, or in an empty store, as many as the first
             call has rows.
         max_cache_len: raises. Which pages a token reads is decided on the host, where the disk is: no graph holds that.

@@ -27,15 +27,18 @@ class PageStore:
     Tokens are appended by layer and become pages (`longctx.store.PageGeometry`). A full page is written to the disk
     and committed, and stays in a frame until others need it: the least recently used page leaves first, the first
     `num_first_pages` (sinks) and the last `num_last_pages` (window) of each lane never. `attend` brings the
-    selected pages that are not in memory, reads them in place, and merges what several tiers hold.
+    selected pages that are not in memory, reads them in place, and merges what several tiers hold. Sequences differ in
+    length, and share full pages (`share`).
 
-    Memory: frames of `max_host_bytes` and `max_device_bytes`, allocated once and never exceeded, plus 4 bytes a
-    page and lane of page table and 16 of the file's index. The file is read into frames and not mapped: a mapped page
-    would count as resident memory without a bound. The kernel's page cache is its own; `direct_io` bypasses it.
+    Memory: frames of `max_host_bytes` and `max_device_bytes`, allocated once and never exceeded, plus 5 bytes a
+    page and lane of page table (9 when sequences share pages) and 16 of the file's index. The file is read into frames
+    and not mapped: a mapped page would count as resident memory without a bound. The kernel's page cache is its own;
+    `direct_io` bypasses it.
 
     Durability: what was committed survives a killed process, in the middle of a write too; `commit(sync=True)` also
     a power cut. Every page has a checksum, compared whenever it is read. One writer at a time; readers (`open(..,
-    writable=False)`, in any process) see what was committed after `refresh`.
+    writable=False)`, in any process) see what was committed after `refresh`. A process that is forked from this one has
+    to open the file again.
 
     Args:
         geometry: what a page holds.
@@ -45,7 +48,8 @@ class PageStore:
         max_device_bytes: frames on `device`; 0: no device tier.
         device: of the device tier.
         num_first_pages, num_last_pages: pages of each lane that never leave their tier.
-        read_ahead: after a layer's attention, bring the pages that the next layer selected last in the background.
+        read_ahead: after a layer's attention, bring pages in the background: those that the next layer selected last,
+            and those that the call names.
         direct_io: read the disk past the page cache; needs pages of a multiple of 4096 bytes.
         overwrite: replace a file that is there.
 

@@ -186,7 +186,7 @@ class StoredTokens:
     # ---- tokens out ------------------------------------------------------------------------------
 
     def read(self, begin: int, end: int, *, sequences: range | None = None) -> tuple[Tensor, Tensor]:
-        """K and V of tokens `[begin, end)`, dense: `[len(sequences), num_kv_heads, end - begin, dim]`, in the top tier."""
+        """K and V of tokens `[begin, end)`, dense: `[len(sequences), num_kv_heads, n, dim]`, in the top tier."""
         g, tiers = self.geometry, self.tiers
         sequences = self._all if sequences is None else sequences
         shortest = int(self.lengths[sequences.start : sequences.stop].min(initial=self.num_tokens))
