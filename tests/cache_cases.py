@@ -11,6 +11,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 import longctx
 from longctx.cache import LongctxCache, make_cache
+from longctx.cache.cache import CACHE_NAME
 from longctx.integrations.transformers import find_rope
 from transformers_models import tiny
 
@@ -61,11 +62,11 @@ def handles(model: PreTrainedModel, name: str) -> dict[str, Any]:
 @torch.no_grad()
 def logits(model: PreTrainedModel, input_ids: Tensor, cache: object = None, **options: Any) -> Tensor:
     """Of the last token."""
-    return model(input_ids, past_key_values=cache, **options).logits[:, -1]
+    return model(input_ids, **{CACHE_NAME: cache}, **options).logits[:, -1]
 
 
 def generate(model: PreTrainedModel, input_ids: Tensor, cache: object = None, **options: Any) -> Tensor:
-    return model.generate(input_ids, **{"past_key_values": cache, "max_new_tokens": 12, "do_sample": False, **options})
+    return model.generate(input_ids, **{CACHE_NAME: cache, "max_new_tokens": 12, "do_sample": False, **options})
 
 
 def decode(model: PreTrainedModel, input_ids: Tensor, cache: object, num_prompt: int, step: int = 1) -> Tensor:

@@ -15,10 +15,7 @@ from cache_cases import CLOSE, LOSSLESS, STATIC, UNLIMITED, generate, logits, ma
 from longctx.cache import DenseCache, LongctxLayer, load, make_cache
 from transformers_models import padding, tiny, tokens
 
-pytestmark = [
-    pytest.mark.runs_on("cpu", reason="caches are Python over ops that are tested everywhere"),
-    pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning"),
-]
+pytestmark = pytest.mark.runs_on("cpu", reason="caches are Python over ops that are tested everywhere")
 INPUT, MASK = tokens(2, 40), padding([40, 23], "left")
 
 

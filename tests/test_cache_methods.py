@@ -13,10 +13,7 @@ from longctx.cache import InfLLMCache, QuestCache, RecycledCache, SirLLMCache, S
 from longctx.integrations.transformers import find_rope
 from transformers_models import padding, tiny, tokens
 
-pytestmark = [
-    pytest.mark.runs_on("cpu", reason="caches are Python over ops that are tested everywhere"),
-    pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning"),
-]
+pytestmark = pytest.mark.runs_on("cpu", reason="caches are Python over ops that are tested everywhere")
 PROMPT = 60
 INPUT = tokens(2, PROMPT + 10, seed=1)
 

@@ -13,10 +13,7 @@ from longctx.cache import InfLLMCache, SirLLMCache, load
 from longctx.integrations.transformers import find_rope
 from transformers_models import tiny, tokens
 
-pytestmark = [
-    pytest.mark.runs_on("cpu", reason="caches are Python over ops that are tested everywhere"),
-    pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning"),
-]
+pytestmark = pytest.mark.runs_on("cpu", reason="caches are Python over ops that are tested everywhere")
 PROMPT, LENGTH = 60, 90
 
 

@@ -15,10 +15,7 @@ from longctx.integrations.transformers import find_rope
 from op_case import randn
 from transformers_models import padding, tokens
 
-pytestmark = [
-    pytest.mark.runs_on("cpu", reason="caches are Python over ops that are tested everywhere"),
-    pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning"),
-]
+pytestmark = pytest.mark.runs_on("cpu", reason="caches are Python over ops that are tested everywhere")
 BLOCK = 5
 
 
@@ -105,8 +102,8 @@ def test_a_model_with_landmarks(num_blocks: int, positions: str, tmp_path: Path)
         handles["rope"] = find_rope(model)
     expected = defined_run(input_ids, attention)
     cache = LandmarkCache(model.config, block_size=BLOCK, num_blocks=num_blocks, **handles)
-    torch.testing.assert_close(model(input_ids[:, :21], past_key_values=cache).logits, expected[:, :21], **CLOSE)
-    torch.testing.assert_close(model(input_ids[:, 21:24], past_key_values=cache).logits, expected[:, 21:24], **CLOSE)
+    torch.testing.assert_close(model(input_ids[:, :21], **cache.as_argument()).logits, expected[:, :21], **CLOSE)
+    torch.testing.assert_close(model(input_ids[:, 21:24], **cache.as_argument()).logits, expected[:, 21:24], **CLOSE)
     for i in range(24, 38):
         torch.testing.assert_close(logits(model, input_ids[:, i : i + 1], cache), expected[:, i], **CLOSE)
     cache.save(tmp_path / "cache")

@@ -13,10 +13,7 @@ from longctx.cache import LongHeadsCache, load
 from longctx.integrations.transformers import find_rope
 from transformers_models import padding, tokens
 
-pytestmark = [
-    pytest.mark.runs_on("cpu", reason="caches are Python over ops that are tested everywhere"),
-    pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning"),
-]
+pytestmark = pytest.mark.runs_on("cpu", reason="caches are Python over ops that are tested everywhere")
 PROMPT, LENGTH, CHUNK, CHUNKS = 43, 62, 5, 4
 
 
@@ -60,7 +57,7 @@ def test_heads_read_the_chunks_they_choose(tmp_path: Path) -> None:
     fork, again = cache.fork(), load(tmp_path / "cache", model.config, rope=rope)
     for other in (cache, fork, again):
         torch.testing.assert_close(
-            model(input_ids[:, 55:], past_key_values=other).logits, expected[:, 13:], **CLOSE
+            model(input_ids[:, 55:], **other.as_argument()).logits, expected[:, 13:], **CLOSE
         )  # several tokens in a call, which complete a chunk
     assert cache.stats().share < 0.5
 

@@ -16,10 +16,7 @@ from longctx.cache.clusters import quantile, weigh, weigh_kept
 from op_case import randn
 from transformers_models import tokens
 
-pytestmark = [
-    pytest.mark.runs_on("cpu", reason="caches are Python over ops that are tested everywhere"),
-    pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning"),
-]
+pytestmark = pytest.mark.runs_on("cpu", reason="caches are Python over ops that are tested everywhere")
 PROMPT, WINDOW, LENGTH = 60, 10, 64
 FIXED = PROMPT - WINDOW
 INPUT = tokens(2, LENGTH, seed=4)

@@ -15,10 +15,7 @@ from longctx.cache import QuestCache, TieredQuestCache, load, make_cache
 from longctx.store import PageGeometry, PageStore, PageStoreError
 from transformers_models import padding, tiny, tokens
 
-pytestmark = [
-    pytest.mark.runs_on("cpu", reason="caches are Python over ops that are tested everywhere"),
-    pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning"),
-]
+pytestmark = pytest.mark.runs_on("cpu", reason="caches are Python over ops that are tested everywhere")
 INPUT, MASK = tokens(2, 60), padding([60, 43], "left")
 SCRIPT = Path(__file__).parent.parent / "bench" / "million.py"
 

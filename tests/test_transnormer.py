@@ -14,8 +14,9 @@ from longctx.linear import transnormer_code_log_decay
 from test_linear_attention import relative_error
 
 transformers = pytest.importorskip("transformers", reason="transformers is missing")
+from longctx.cache.cache import CACHE_NAME  # noqa: E402
 from longctx.models import LightningCache, TransNormerConfig, TransNormerLM, TransNormerModel  # noqa: E402
-from longctx.models.transnormer import CACHE_NAME, MAX_DECODE_TOKENS  # noqa: E402
+from longctx.models.transnormer import MAX_DECODE_TOKENS  # noqa: E402
 from test_linear_block import block_formula  # noqa: E402
 
 VOCAB = 96

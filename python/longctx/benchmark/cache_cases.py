@@ -41,6 +41,8 @@ def _generate(length: int, dtype: torch.dtype, *, kind: str, num_tokens: int, **
     """`num_tokens` tokens behind a cache of `length` that was filled directly; every turn starts from there."""
     from transformers import DynamicCache
 
+    from longctx.cache.cache import CACHE_NAME
+
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, 1024, (1, length + 1), generator=generator)
     stock, ours = _model(dtype, "sdpa"), longctx.apply(_model(dtype, "longctx"), "dense")
@@ -56,7 +58,7 @@ def _generate(length: int, dtype: torch.dtype, *, kind: str, num_tokens: int, **
         told = {"output_logits": True, "return_dict_in_generate": True}
 
         def generate() -> Tensor:
-            result = model.generate(ids, past_key_values=cache, **options, **told)
+            result = model.generate(ids, **{CACHE_NAME: cache}, **options, **told)
             cache.crop(length - cache.get_seq_length())
             return result.logits[0]  # type: ignore[no-any-return]
 

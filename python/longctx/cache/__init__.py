@@ -1,7 +1,7 @@
 """Caches for transformers' `generate` that read, or keep, few of their keys: one file a method.
 
-`longctx.cache.make_cache(model.config, "quest", budget=2048)` goes to `generate` as `past_key_values`; the model runs
-on ``attn_implementation="longctx"`` (`longctx.apply`).
+`longctx.cache.make_cache(model.config, "quest", budget=2048)` goes to `generate` as `**cache.as_argument()`; the model
+runs on ``attn_implementation="longctx"`` (`longctx.apply`).
 """
 
 from longctx.cache.base import LongctxLayer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,12 +12,15 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers.cache_utils import Cache
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from longctx.cache.base import LongctxLayer
 from longctx.cache.stats import CacheStats
 from longctx.cache.storage import Storage
 
 FORMAT = "longctx cache 1"
+# What this transformers calls a cache: "past_key_values" up to 5.23, then "cache".
+CACHE_NAME = "cache" if "cache" in inspect.signature(CausalLMOutputWithPast).parameters else "past_key_values"
 
 
 class LongctxCache(Cache):
@@ -58,6 +62,10 @@ class LongctxCache(Cache):
     def __repr__(self) -> str:
         options = ", ".join(f"{name}={value!r}" for name, value in self.options.items())
         return f"{type(self).__name__}({options}): {len(self)} layers, {int(self.get_seq_length())} tokens"
+
+    def as_argument(self) -> dict[str, LongctxCache]:
+        """`{name: self}` for `generate` and models: `past_key_values` up to transformers 5.23, then `cache`."""
+        return {CACHE_NAME: self}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LongctxCache:
         return self.fork()

@@ -16,7 +16,7 @@ class DenseCache(LongctxCache):
         >>> config = transformers.LlamaConfig(num_hidden_layers=2, hidden_size=64, num_attention_heads=4, vocab_size=64)
         >>> model = longctx.apply(transformers.LlamaForCausalLM(config), "dense")
         >>> cache = longctx.cache.DenseCache(model.config)
-        >>> tokens = model.generate(torch.ones(1, 8, dtype=torch.long), past_key_values=cache, max_new_tokens=4)
+        >>> tokens = model.generate(torch.ones(1, 8, dtype=torch.long), **cache.as_argument(), max_new_tokens=4)
         >>> cache.stats().share
         1.0
     """

@@ -166,7 +166,7 @@ class InfLLMCache(LongctxCache):
         >>> model = longctx.apply(transformers.LlamaForCausalLM(config), "dense")
         >>> options = {"num_initial_tokens": 4, "window_size": 32, "block_size": 8, "num_blocks": 4}
         >>> cache = longctx.cache.InfLLMCache(model.config, **options)
-        >>> tokens = model.generate(torch.ones(1, 200, dtype=torch.long), past_key_values=cache, max_new_tokens=3)
+        >>> tokens = model.generate(torch.ones(1, 200, dtype=torch.long), **cache.as_argument(), max_new_tokens=3)
         >>> print(cache.stats())
         layer  tokens  keys read a token  of
             0       2               75.0  201.5

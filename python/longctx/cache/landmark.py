@@ -178,7 +178,7 @@ class LandmarkCache(LongctxCache):
         >>> text = torch.ones(1, 200, dtype=torch.long)
         >>> text[:, 15::16] = 63  # the landmark token
         >>> with torch.no_grad():
-        ...     logits = model(text, past_key_values=cache).logits
+        ...     logits = model(text, **cache.as_argument()).logits
         >>> logits.shape
         torch.Size([1, 200, 64])
     """

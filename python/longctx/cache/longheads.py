@@ -124,7 +124,7 @@ class LongHeadsCache(LongctxCache):
         >>> config = transformers.LlamaConfig(num_hidden_layers=2, hidden_size=64, num_attention_heads=4, vocab_size=64)
         >>> model = longctx.apply(transformers.LlamaForCausalLM(config), "dense")
         >>> cache = longctx.cache.LongHeadsCache(model.config, rope=find_rope(model), chunk_size=16, num_chunks=4)
-        >>> tokens = model.generate(torch.ones(1, 200, dtype=torch.long), past_key_values=cache, max_new_tokens=3)
+        >>> tokens = model.generate(torch.ones(1, 200, dtype=torch.long), **cache.as_argument(), max_new_tokens=3)
         >>> print(cache.stats())
         layer  tokens  keys read a token  of
             0       2               64.0  201.5

@@ -25,7 +25,7 @@ def make_cache(config: Any, name: str, **options: Any) -> LongctxCache:
         >>> config = transformers.LlamaConfig(num_hidden_layers=2, hidden_size=64, num_attention_heads=4, vocab_size=64)
         >>> model = longctx.apply(transformers.LlamaForCausalLM(config), "dense")
         >>> cache = longctx.cache.make_cache(model.config, "dense")
-        >>> tokens = model.generate(torch.ones(1, 8, dtype=torch.long), past_key_values=cache, max_new_tokens=4)
+        >>> tokens = model.generate(torch.ones(1, 8, dtype=torch.long), **cache.as_argument(), max_new_tokens=4)
         >>> cache.get_seq_length()
         11
     """

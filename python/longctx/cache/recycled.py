@@ -98,7 +98,7 @@ class RecycledCache(LongctxCache):
         >>> config = transformers.LlamaConfig(num_hidden_layers=2, hidden_size=64, num_attention_heads=4, vocab_size=64)
         >>> model = longctx.apply(transformers.LlamaForCausalLM(config), "dense")
         >>> cache = longctx.cache.RecycledCache(model.config, budget=50, stride=4)
-        >>> tokens = model.generate(torch.ones(1, 200, dtype=torch.long), past_key_values=cache, max_new_tokens=6)
+        >>> tokens = model.generate(torch.ones(1, 200, dtype=torch.long), **cache.as_argument(), max_new_tokens=6)
         >>> print(cache.stats())  # one full step, four of 51 to 54 keys
         layer  tokens  keys read a token  of
             0       5               82.2  203.0

@@ -83,7 +83,7 @@ class SirLLMCache(LongctxCache):
         >>> for _ in range(3):  # turns
         ...     text = torch.cat([text, torch.randint(1, 64, (1, 50))], dim=1)
         ...     cache.read(model, text)
-        ...     options = {"past_key_values": cache, "logits_processor": [cache.processor()], "do_sample": False}
+        ...     options = {"logits_processor": [cache.processor()], "do_sample": False, **cache.as_argument()}
         ...     text = model.generate(text, max_new_tokens=5, **options)
         >>> cache.get_seq_length(), cache.layers[0].keys.shape[2]
         (164, 119)
@@ -132,7 +132,7 @@ class SirLLMCache(LongctxCache):
         for chunk in input_ids[:, self.get_seq_length() : -1].split(chunk_size, dim=1):
             self._forget()
             if chunk.shape[1]:
-                self._note(chunk, model(chunk, past_key_values=self, use_cache=True).logits)
+                self._note(chunk, model(chunk, **self.as_argument(), use_cache=True).logits)
 
     def crop(self, tokens_to_remove: int) -> None:
         super().crop(tokens_to_remove)

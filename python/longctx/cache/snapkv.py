@@ -66,7 +66,7 @@ class SnapKVCache(LongctxCache):
         >>> config = transformers.LlamaConfig(num_hidden_layers=2, hidden_size=64, num_attention_heads=4, vocab_size=64)
         >>> model = longctx.apply(transformers.LlamaForCausalLM(config), "dense")
         >>> cache = longctx.cache.SnapKVCache(model.config, budget=100, window_size=32)
-        >>> tokens = model.generate(torch.ones(1, 200, dtype=torch.long), past_key_values=cache, max_new_tokens=3)
+        >>> tokens = model.generate(torch.ones(1, 200, dtype=torch.long), **cache.as_argument(), max_new_tokens=3)
         >>> print(cache.stats())
         layer  tokens  keys read a token  of
             0       2              101.5  201.5

@@ -201,7 +201,7 @@ class SqueezedCache(LongctxCache):
         >>> config = transformers.LlamaConfig(num_hidden_layers=2, hidden_size=64, num_attention_heads=4, vocab_size=64)
         >>> model = longctx.apply(transformers.LlamaForCausalLM(config), "dense")
         >>> cache = longctx.cache.SqueezedCache(model.config, sparsity=0.8, window_size=40)
-        >>> tokens = model.generate(torch.ones(1, 200, dtype=torch.long), past_key_values=cache, max_new_tokens=3)
+        >>> tokens = model.generate(torch.ones(1, 200, dtype=torch.long), **cache.as_argument(), max_new_tokens=3)
         >>> cache.stats().share < 1
         True
     """

@@ -232,7 +232,7 @@ class TieredQuestCache(LongctxCache):
         ...     with PageStore(geometry, path=f"{directory}/kv", max_host_bytes=1 << 20) as store:
         ...         cache = longctx.cache.TieredQuestCache(model.config, store=store, budget=64)
         ...         prompt = torch.ones(1, 300, dtype=torch.long)
-        ...         tokens = model.generate(prompt, past_key_values=cache, max_new_tokens=4)
+        ...         tokens = model.generate(prompt, **cache.as_argument(), max_new_tokens=4)
         >>> tokens.shape
         torch.Size([1, 304])
     """

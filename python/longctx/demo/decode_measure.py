@@ -13,6 +13,7 @@ from torch import Tensor
 
 import longctx
 from longctx.cache import CallContext, DenseCache, LongctxCache, LongctxLayer, TieredQuestCache
+from longctx.cache.cache import CACHE_NAME
 from longctx.demo.decode_rows import CacheRow
 from longctx.demo.measure import timed_forwards
 from longctx.demo.task import ModelSpec
@@ -81,7 +82,7 @@ class _RecorderCache(DenseCache):
 def prefill(model: PreTrainedModel, context: tuple[int, ...]) -> list[Past]:
     """Dense attention over the context, once for all rows."""
     cache = _RecorderCache(model.config)
-    model(torch.tensor([context]), past_key_values=cache, logits_to_keep=1)
+    model(torch.tensor([context]), **cache.as_argument(), logits_to_keep=1)
     return [layer.past for layer in cache.layers]  # type: ignore[attr-defined]
 
 
@@ -137,7 +138,7 @@ def answer(
         out = model.generate(  # type: ignore[operator]
             ids,
             attention_mask=torch.ones_like(ids),
-            past_key_values=cache,
+            **{CACHE_NAME: cache},
             max_new_tokens=num_tokens,
             do_sample=False,
             eos_token_id=model.config.vocab_size,  # no word: all answers have one length, silent ones too

@@ -15,10 +15,10 @@ from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 from transformers.utils.logging import disable_progress_bar
 
 import longctx
+from longctx.cache.cache import CACHE_NAME
 from longctx.demo.measure import peak_bytes
 from longctx.demo.process import Progress
 from longctx.models import LightningCache, TransNormerConfig, TransNormerLM
-from longctx.models.transnormer import CACHE_NAME
 
 CONTEXT = 512  # characters of a training sequence
 BATCH = 8

@@ -6,7 +6,6 @@ lightning attention and SGLU, LRPE in the first, a decay a head and layer, Simpl
 
 from __future__ import annotations
 
-import inspect
 import math
 from typing import Any, cast
 
@@ -16,6 +15,7 @@ from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
+from longctx.cache.cache import CACHE_NAME
 from longctx.linear import (
     LRPE,
     LightningAttention,
@@ -26,8 +26,6 @@ from longctx.linear import (
 )
 from longctx.models.lightning_cache import LightningCache
 
-# What this transformers calls a cache: "past_key_values" up to 5.23, then "cache".
-CACHE_NAME = "cache" if "cache" in inspect.signature(CausalLMOutputWithPast).parameters else "past_key_values"
 # Calls of up to so many tokens on a cache update its states in place; from 32 on whole chunks are faster (measured).
 MAX_DECODE_TOKENS = 16
 # What other models take and this one has no use for; anything but None would be ignored.
