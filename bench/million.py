@@ -15,12 +15,14 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import longctx
 from longctx.store import PageGeometry, PageStore, StoreLayer
+from longctx.store.read_ahead import ReadAhead
 
 NUM_Q_HEADS, NUM_KV_HEADS, HEAD_DIM = 8, 2, 128
 CHUNK = 4096  # tokens appended at once
@@ -68,6 +70,25 @@ def attend(layer: StoreLayer, q: Tensor, budget: int, read_ahead: int = 0) -> Te
         ahead, _ = longctx.topk_select(scores, min(budget // page_size + read_ahead, scores.shape[-1]))
     out, _ = layer.attend(q, pages, counts, num_first=page_size, num_last=page_size, ahead=ahead)
     return out
+
+
+class FarFile:
+    """A page file behind a network: every 16 pages take so many milliseconds more."""
+
+    def __init__(self, file: Any, milliseconds: float) -> None:
+        self.file, self.milliseconds = file, milliseconds
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.file, name)
+
+    def read(self, lanes: Any, pages: Any, buffer: Any, rows: Any) -> None:
+        time.sleep(self.milliseconds / 1000 * -(-len(pages) // 16))
+        self.file.read(lanes, pages, buffer, rows)
+
+
+def move_away(store: PageStore, milliseconds: float) -> None:
+    store.tiers.file = FarFile(store.file, milliseconds)  # type: ignore[assignment]
+    store.tiers.ahead = ReadAhead(store.tiers.file, store.host)
 
 
 def queries_of(store: PageStore, trace: str, seed: int) -> Iterator[Tensor]:
@@ -147,6 +168,8 @@ def run(arguments: argparse.Namespace, path: Path) -> dict[str, object]:
                 layer.append(k, v)
         store.commit(sync=True)
         seconds = time.perf_counter() - began
+        if arguments.far:
+            move_away(store, arguments.far)
         result: dict[str, object] = {
             "tokens": store.num_tokens,
             "KV GiB": store.stats.bytes_written / 2**30,
@@ -175,6 +198,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=64)
     parser.add_argument("--queries", nargs="+", default=["0", "0.98"], help="cosines of neighbours, or topics")
     parser.add_argument("--read-ahead", nargs="+", type=int, default=[0], help="next best pages that are brought too")
+    parser.add_argument(
+        "--far", type=float, default=0, help="milliseconds that 16 pages take more, as behind a network"
+    )
     parser.add_argument("--buffered", action="store_true", help="read through the page cache, which fills with pages")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.path) as directory:

@@ -119,19 +119,6 @@ def test_a_model_with_landmarks(num_blocks: int, positions: str, tmp_path: Path)
     torch.testing.assert_close(logits(model, input_ids[1:, 37:], cache), expected[1:, 37], **CLOSE)
 
 
-def test_filled_from_elsewhere() -> None:
-    """In two parts, behind keys that were taken back: landmarks are those of what was filled."""
-    model, input_ids = ours(), tokens(2, 30, seed=5)
-    rope = find_rope(model)
-    cache, filled = (LandmarkCache(model.config, block_size=BLOCK, num_blocks=2, rope=rope) for _ in range(2))
-    logits(model, input_ids, cache)
-    logits(model, input_ids.flip(1), filled)
-    filled.rewind(30)
-    for part in (slice(12), slice(12, 30)):
-        filled.fill([(layer.keys[:, :, part], layer.values[:, :, part]) for layer in cache.layers])
-    assert torch.equal(*(logits(model, input_ids[:, :1], each) for each in (cache, filled)))
-
-
 def test_padding_is_refused() -> None:
     model = ours()
     cache = LandmarkCache(model.config, block_size=BLOCK)

@@ -295,6 +295,22 @@ def test_forked_process(tmp_path):
     assert os.waitpid(child, 0)[1] == 0
 
 
+def test_reopened_where_the_last_pages_do_not_fit_on_the_device(tmp_path):
+    """They have to: the next token is written into one of them."""
+    k, v = tokens(GEOMETRY, 21)
+    with open_store(GEOMETRY, tmp_path / "kv") as store:
+        for layer in store.layers:
+            layer.append(k, v)
+    memory = {"max_host_bytes": 1 << 20, "device": "cpu"}
+    with pytest.raises(
+        PageStoreError, match="pages need a frame of their own; the store needs more `max_device_bytes`"
+    ):
+        PageStore.open(tmp_path / "kv", max_device_bytes=11 * GEOMETRY.page_bytes, **memory)
+    with PageStore.open(tmp_path / "kv", max_device_bytes=12 * GEOMETRY.page_bytes, **memory) as store:
+        store.layers[0].append(k[:, :, :1], v[:, :, :1])
+        assert torch.equal(store.layers[0].read(0, 22)[0], torch.cat([k, k[:, :, :1]], 2))
+
+
 def test_writer_that_died_between_layers(tmp_path):
     path, (k, v) = tmp_path / "kv", tokens(GEOMETRY, 50)
     store = open_store(GEOMETRY, path)

@@ -288,6 +288,7 @@ def test_long_context_in_bounded_memory(tmp_path):
     """128 MiB of keys and values decode with 8 MiB of frames; every needle is found."""
     command = [sys.executable, str(SCRIPT), "--path", str(tmp_path), "--tokens", "65536", "--layers", "2"]
     command += ["--max-host-mib", "8", "--steps", "8", "--buffered"]
+    command += ["--queries", "0.98", "topics", "--read-ahead", "8", "--far", "0.1"]
     result = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     assert result["KV GiB"] == 0.125
     assert result["needles found"] == result["needles"] == 8

@@ -2,8 +2,10 @@
 // twice.
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <map>
 #include <random>
 #include <thread>
 #include <vector>
@@ -87,6 +89,68 @@ TEST(FrameTable, TooManyPagesChangeNothing) {
   table.acquire({{0, 7}, {0, 7}, {0, 2}}, &frames, &loads);
   EXPECT_EQ(frames[0], frames[1]);
   EXPECT_EQ((std::vector<int>(loads.begin(), loads.end())), (std::vector<int>{1, 0, 0}));
+}
+
+// Lanes that share pages at random, part at random and read all the time: whoever holds a page
+// finds in its frame what its lane has there, and no page has two frames.
+TEST(FrameTable, SharedPagesHaveOneFrame) {
+  constexpr int64_t kFrames = 12, kLanes = 4, kPages = 9;
+  FrameTable table(kFrames, kLanes);
+  std::mt19937 rng(0);
+  const auto pick = [&rng](int64_t n) { return static_cast<int64_t>(rng() % n); };
+  std::vector<std::vector<int64_t>> lanes(kLanes);  // what each page of a lane is
+  std::vector<int64_t> contents(kFrames, -1);
+  int64_t fresh = 0;
+  for (int step = 0; step < 3000; ++step) {
+    const int64_t lane = pick(kLanes), source = pick(kLanes);
+    std::vector<int64_t>& own = lanes[lane];
+    if (step % 3 == 0 && lane != source) {
+      const int64_t count = pick(static_cast<int64_t>(lanes[source].size()) + 1);
+      int64_t common = 0;
+      while (common < std::min<int64_t>(count, own.size()) &&
+             own[common] == lanes[source][common]) {
+        ++common;
+      }
+      table.drop(lane, count);
+      EXPECT_EQ(table.share(lane, source, count), common);
+      own.assign(lanes[source].begin(), lanes[source].begin() + count);
+    }
+    while (static_cast<int64_t>(own.size()) < kPages && pick(3) != 0) own.push_back(fresh++);
+    std::vector<PageId> pages;
+    for (int64_t other = 0; other < kLanes; ++other) {
+      if (!lanes[other].empty()) {
+        pages.push_back({other, pick(static_cast<int64_t>(lanes[other].size()))});
+      }
+    }
+    for (const PageId& id : pages) table.set_pinned(id.lane, id.page, id.page + 1, pick(4) == 0);
+    std::vector<int32_t> frames;
+    std::vector<char> loads;
+    try {
+      table.acquire(pages, &frames, &loads);
+    } catch (const NoFrameError&) {  // all are pinned
+      for (int64_t other = 0; other < kLanes; ++other) table.set_pinned(other, 0, kPages, false);
+      continue;
+    }
+    std::vector<int32_t> filled;
+    for (size_t i = 0; i < pages.size(); ++i) {
+      if (loads[i] == 0) continue;
+      contents[frames[i]] = lanes[pages[i].lane][pages[i].page];
+      filled.push_back(frames[i]);
+    }
+    table.loaded(filled);
+    EXPECT_TRUE(table.wait_loaded(pages, frames));
+    std::map<int64_t, int32_t> where;
+    for (size_t i = 0; i < pages.size(); ++i) {
+      const int64_t page = lanes[pages[i].lane][pages[i].page];
+      EXPECT_EQ(contents[frames[i]], page);
+      EXPECT_EQ(where.emplace(page, frames[i]).first->second, frames[i]);
+    }
+    table.release(frames);
+    EXPECT_LE(table.num_used(), kFrames);
+  }
+  for (int64_t lane = 0; lane < kLanes; ++lane) table.drop(lane, 0);
+  EXPECT_EQ(table.num_used(), 0);
+  EXPECT_EQ(table.num_available(), kFrames);
 }
 
 TEST(ReadPool, CallsEachItemOnce) {

@@ -126,11 +126,6 @@ class LandmarkLayer(Unpadded):
         super().decodes(seqlen_q)
         return True
 
-    def prefilled(self, q: Tensor, k: Tensor, v: Tensor, context: CallContext) -> None:
-        """Only what `fill` brings."""
-        if self.turns is not None:
-            self._landmarks(k, k.shape[2] - q.shape[2], self.turns)
-
     def attend(self, q: Tensor, k: Tensor, v: Tensor, context: CallContext) -> Tensor:
         self.count(self.num_blocks * (self.block_size - 1) + self.block_size, q.shape[2])
         options: dict[str, Any] = {"block_size": self.block_size, "num_blocks": self.num_blocks}

@@ -38,7 +38,8 @@ class PageStore:
     Durability: what was committed survives a killed process, in the middle of a write too; `commit(sync=True)` also
     a power cut. Every page has a checksum, compared whenever it is read. One writer at a time; readers (`open(..,
     writable=False)`, in any process) see what was committed after `refresh`. A process that is forked from this one has
-    to open the file again.
+    to open the file again. Threads may attend and read side by side; what appends, rewinds, shares or refreshes runs
+    alone.
 
     Args:
         geometry: what a page holds.

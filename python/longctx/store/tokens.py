@@ -351,6 +351,8 @@ class StoredTokens:
                         tiers.promote(lanes[absent], pages[absent], frames)
                 except NoFrameError as error:
                     raise tiers.no_room(error) from None
+            if not tiers.top.resident(lanes, pages).all():
+                raise tiers.no_room(f"longctx: {len(pages)} first and last pages need a frame of their own")
             tiers.pin(self._lanes(run), begin, end, True)
 
 
