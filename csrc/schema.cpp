@@ -62,7 +62,7 @@ STABLE_TORCH_LIBRARY(longctx, m) {
          "Tensor? tree_mask=None, Tensor? k_positions=None, int k_position_step=1, "
          "Tensor? q_positions=None, Tensor? rope_cos_sin=None, Tensor? seqused_k=None, "
          "Tensor? page_table=None, float? softmax_scale=None, float softcap=0.0, "
-         "bool return_key_mass=False, bool return_block_states=False) "
+         "bool return_key_mass=False, bool return_block_states=False, Tensor? workspace=None) "
          "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   define(m,
          "gather_kv(Tensor k, Tensor v, Tensor indices, Tensor? counts=None, "

@@ -50,6 +50,7 @@ class OpCase:
     growing: Mapping[str, int] = field(default_factory=dict)  # arguments of "plain" that may be longer along a dim
     any_strides: frozenset[str] = frozenset()  # arguments that need no contiguous last dim
     mutates: tuple[str, ...] = ()  # arguments that the op changes
+    zeros: frozenset[str] = frozenset()  # arguments that must hold, and keep, zeros
     dtypes: tuple[torch.dtype, ...] = DTYPES
 
     @property

@@ -71,6 +71,7 @@ def gathered_all_options(dtype: torch.dtype) -> Call:
     """A static cache of which blocks of 4 keys are read, and every token its own number of them."""
     sizes = {"num_q_heads": 6, "num_kv_heads": 3, "head_dim_v": 24}
     call = gathered(dtype, index_heads=3, num_entries=13, block_size_k=4, seed=70, **sizes)
+    call["indices"][1][call["indices"][1] > 10] = -1  # blocks of 41 keys
     return call | {
         "counts": torch.randint(0, 14, (2, 3, 3), generator=generator(71), dtype=torch.int32),
         "num_first": 3,
@@ -122,6 +123,7 @@ def gathered_tree(dtype: torch.dtype) -> Call:
         "rope_cos_sin": rope_table(75, 16),
         "return_key_mass": True,
         "return_block_states": True,
+        "workspace": torch.zeros(60, dtype=torch.int32),
     }
 
 
@@ -183,11 +185,14 @@ CASES = (
             | {"roped: v.size(3)+1", "roped: rope_cos_sin.size(0)+1", "roped: rope_cos_sin.size(0)=0"}
             | {"roped: rope_cos_sin.size(2)+1"}
             | {"tree: v.size(3)+1", "tree: rope_cos_sin.size(0)+1", "tree: rope_cos_sin.size(0)=0"}
+            | {"tree: workspace.size(0)+1"}
         ),
         growing={"k": 2, "v": 2, "indices": 3},
         invalid={why: INVALID_SEQUENCES[why] for why in ("seqused_k past the keys", "seqused_k negative")}
         | {
             "indices past the keys": selected("indices", (0, 0, 0, 0), 19),
+            "indices past the keys of their entry": selected("indices", (1, 0, 0, 0), 11),
+            "workspace not zero": Invalid("tree", "workspace", torch.ones(60, dtype=torch.int32)),
             "indices below -1": selected("indices", (0, 0, 0, 0), -2),
             "indices twice": Invalid("all_options", "indices", torch.full((2, 3, 3, 13), 7, dtype=torch.int32)),
             "page_table past the pages": Invalid("paged", "page_table", torch.full((2, 7), 15).int()),
@@ -202,6 +207,7 @@ CASES = (
         },
         differentiable=("q", "k", "v"),
         any_strides=frozenset({"counts", "q_positions"}),
+        zeros=frozenset({"workspace"}),
     ),
     OpCase(
         name="topk_select",

@@ -22,6 +22,8 @@
 #include "cuda/gather_keys.cuh"
 #include "cuda/gather_products.cuh"
 #include "cuda/gather_products_fp32.cuh"
+#include "cuda/last_block.cuh"
+#include "cuda/merge_states.cuh"
 #include "cuda/runtime.h"
 
 namespace longctx::cuda {
@@ -39,7 +41,11 @@ struct GatherLaunch {
   float softmax_scale = 1, softcap = 0;  // float32
   SourceRows q, k, v;
   AttentionPartials partials;
-  float* scores = nullptr;  // as in the plan
+  MergeParams merge;
+  bool merge_aligned = false;
+  // as in the plan
+  uint32_t* counters = nullptr;
+  float* scores = nullptr;
   int64_t max_slots = 0;
 };
 
@@ -47,7 +53,8 @@ struct GatherLaunch {
 struct GatherItem {
   GatherUnit unit;
   int64_t segment;
-  int rows;  // of the block
+  int64_t row_group;  // that the blocks of all segments share
+  int rows;           // of the block
 
   LONGCTX_DEVICE int64_t head(int row) const {
     return unit.head * unit.group + (unit.first_row + row) % unit.group;
@@ -75,6 +82,7 @@ LONGCTX_DEVICE GatherItem gather_item(const GatherAttentionParams& p, const Gath
   index /= launch.row_tiles;
   item.segment = index % launch.num_segments;
   index /= launch.num_segments;
+  item.row_group = int64_t{index} * launch.row_tiles + row_tile;
   const auto units = static_cast<uint32_t>(p.seqs.seqlen_q) / launch.unit_tokens;  // of a head
   GatherUnit& unit = item.unit;
   unit.batch = index / units / launch.heads;
@@ -94,6 +102,7 @@ struct GatherShared {
   struct Task {
     GatherItem item;
     SelectedKeys<typename Math::Element> keys;
+    uint32_t arrivals;
   };
   struct Sums {
     float reference[Math::kRows];
@@ -141,7 +150,7 @@ LONGCTX_DEVICE void rotate_rows(char* tile, int rows, const float* own_rope, int
   device::sync_warp();
 }
 
-// write out, lse: joins what the warps have, or leaves it for the merge of the segments.
+// write out, lse: joins what the warps have, for good or for the merge of the segments.
 template <class Math>
 LONGCTX_DEVICE void write_rows(const GatherAttentionParams& p, const GatherLaunch& launch,
                                const GatherItem& item, const GatherShared<Math>& shared) {
@@ -184,6 +193,24 @@ LONGCTX_DEVICE void write_rows(const GatherAttentionParams& p, const GatherLaunc
   }
 }
 
+// merge the segments, where this block is the last of those that have them.
+template <class Math>
+LONGCTX_DEVICE void merge_rows(const GatherAttentionParams& p, const GatherLaunch& launch,
+                               const GatherShared<Math>& shared) {
+  using Out = typename Math::Out;
+  auto& task = shared.task();
+  uint32_t* const counter = launch.counters + task.item.row_group;
+  if (!is_last_block(counter, launch.num_segments, task.arrivals)) return;
+  for (int row = device::warp_index(); row < task.item.rows; row += kGatherWarps) {
+    const int64_t state = task.item.state(p, row);
+    if (launch.merge_aligned) {
+      merge_row<float, float, Out, 4>(launch.merge, state);
+    } else {
+      merge_row<float, float, Out, 1>(launch.merge, state);
+    }
+  }
+}
+
 template <class Math>
 LONGCTX_KERNEL(kGatherThreads, Math::kMinBlocks)
 gather_attention_kernel(const LONGCTX_GRID_CONSTANT GatherAttentionParams p,
@@ -197,7 +224,7 @@ gather_attention_kernel(const LONGCTX_GRID_CONSTANT GatherAttentionParams p,
   // load q tile
   if (warp == 0) {
     const GatherItem item = gather_item<kRows>(p, launch);
-    if (lane == 0) shared.task() = {item, SelectedKeys<Element>(p, item.unit, launch.heads)};
+    if (lane == 0) shared.task() = {item, SelectedKeys<Element>(p, item.unit, launch.heads), 0};
     const Element* q_row = lane < item.rows ? item.address<Element>(p.q, lane) : nullptr;
     Math::copy(shared.q(), q_row, launch.q);
   }
@@ -232,9 +259,10 @@ gather_attention_kernel(const LONGCTX_GRID_CONSTANT GatherAttentionParams p,
   device::commit_copies();
   device::wait_copies<2>();
   device::sync_threads();  // q is there
-  if (keys.query_rope() != nullptr) {
+  if (p.rope.cos_sin != nullptr) {
     if (warp == 0) {
-      rotate_rows<Math>(shared.q(), item.rows, keys.query_rope(), p.rope.rotary_dim);
+      const float* own = lane < item.rows ? keys.query_rope(p, item.token(lane)) : nullptr;
+      rotate_rows<Math>(shared.q(), item.rows, own, p.rope.rotary_dim);
     }
     device::sync_threads();
   }
@@ -293,6 +321,7 @@ gather_attention_kernel(const LONGCTX_GRID_CONSTANT GatherAttentionParams p,
       });
   device::sync_threads();
   write_rows(p, launch, item, shared);
+  if (launch.counters != nullptr) merge_rows(p, launch, shared);
 }
 
 template <class T, int kHeadDim>
@@ -316,6 +345,9 @@ void launch_gather_attention(const GatherAttentionParams& params, const GatherPl
   launch_params.k = source_rows(params.k, params.head_dim, Math::kElements);
   launch_params.v = source_rows(params.v, params.head_dim_v, Math::kElements);
   launch_params.partials = plan.partials;
+  launch_params.merge = merge_params(plan.merge);
+  launch_params.merge_aligned = merge_columns<float, typename Math::Out>(launch_params.merge) > 1;
+  launch_params.counters = plan.counters;
   launch_params.scores = plan.scores;
   launch_params.max_slots = plan.max_slots;
   const int64_t units = params.seqs.batch * plan.heads * params.seqs.seqlen_q / plan.unit_tokens;

@@ -82,9 +82,12 @@ class SelectedKeys {
     if (p.rope.cos_sin == nullptr) return;
     const int64_t token = tree_ == nullptr ? unit.token : 0;
     last_shift_ = q_position(p, unit.batch, token, diagonal_) - (diagonal_ + token);
-    query_rope_ = p.rope.row(q_position(p, unit.batch, unit.token, diagonal_));
     // A token that the table has no position for sees nothing.
-    if (query_rope_ == nullptr) listed_ = num_slots_ = 0;
+    placed_ = 0;
+    for (int32_t t = first_token_; t <= last_token_; ++t) {
+      if (query_rope(p, t) != nullptr) placed_ |= rows_of(t);
+    }
+    if (placed_ == 0) listed_ = num_slots_ = 0;
     if (p.rope.k_positions.data != nullptr) {
       positions_ = p.rope.k_positions.row(unit.batch, index_head, unit.token);
     }
@@ -106,7 +109,10 @@ class SelectedKeys {
   }
   LONGCTX_DEVICE int32_t first_token() const { return first_token_; }
   LONGCTX_DEVICE bool has_bias() const { return bias_ != nullptr; }
-  LONGCTX_DEVICE const float* query_rope() const { return query_rope_; }
+  // Null: the table has no such position.
+  LONGCTX_DEVICE const float* query_rope(const GatherAttentionParams& p, int64_t token) const {
+    return p.rope.row(q_position(p, batch_, token, diagonal_));
+  }
 
   LONGCTX_DEVICE GatheredKey<Element> at(const GatherAttentionParams& p, int32_t slot) const {
     GatheredKey<Element> found;
@@ -189,18 +195,21 @@ class SelectedKeys {
   LONGCTX_DEVICE uint32_t rows_that_see(const GatherAttentionParams& p, int64_t key,
                                         Why why) const {
     const bool first_does = sees(p, first_token_, key, why);
-    if (first_token_ == last_token_) return first_does ? ~0u : 0;
+    if (first_token_ == last_token_) return first_does ? placed_ : 0;
     const bool for_all = tree_ == nullptr || key < diagonal_;
-    if (for_all && first_does && sees(p, last_token_, key, why)) return ~0u;
+    if (for_all && first_does && sees(p, last_token_, key, why)) return placed_;
     uint32_t rows = 0;
 #pragma unroll 1
     for (int32_t token = first_token_; token <= last_token_; ++token) {
-      if (!sees(p, token, key, why)) continue;
-      const int32_t begin = (token - first_token_) * group_ - first_row_ % group_;
-      const uint32_t below_end = begin + group_ >= 32 ? ~0u : (1u << (begin + group_)) - 1;
-      rows |= below_end & ~((1u << (begin > 0 ? begin : 0)) - 1);
+      if (sees(p, token, key, why)) rows |= rows_of(token);
     }
-    return rows;
+    return rows & placed_;
+  }
+  // The block's rows of a token.
+  LONGCTX_DEVICE uint32_t rows_of(int32_t token) const {
+    const int32_t begin = (token - first_token_) * group_ - first_row_ % group_;
+    const uint32_t below_end = begin + group_ >= 32 ? ~0u : (1u << (begin + group_)) - 1;
+    return below_end & ~((1u << (begin > 0 ? begin : 0)) - 1);
   }
 
   int32_t batch_ = 0;
@@ -217,8 +226,8 @@ class SelectedKeys {
   const float* bias_ = nullptr;                // [num_entries]; null: none
   const int32_t* positions_ = nullptr;         // [num_entries]; null: their keys' indices
   const bool* tree_ = nullptr;                 // of token 0; null: all visible
-  const float* query_rope_ = nullptr;          // of the token's position; null: not rotated
   int64_t last_shift_ = 0;  // from the index of one of the last keys to its position
+  uint32_t placed_ = ~0u;   // rows of tokens that have a position
 };
 
 }  // namespace longctx::cuda

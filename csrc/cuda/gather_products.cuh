@@ -1,6 +1,7 @@
 // What a warp of gather_attention holds and computes on 16 keys and up to 16 query heads in 16
 // bits, on tensor cores.
 #pragma once
+#include "cuda/gather_attention.h"
 #include "cuda/online_softmax.cuh"
 
 namespace longctx::cuda {
@@ -9,7 +10,7 @@ template <class T, int kHeadDim>
 struct TensorGather {
   using Element = uint16_t;
   using Out = T;
-  static constexpr int kRows = 16;  // query heads
+  static constexpr int kRows = kTensorGatherRows;
   static constexpr int kKeys = 16;  // of a tile
   static constexpr int kDim = kHeadDim;
   static constexpr int kElements = kChunk;                               // in 16 bytes

@@ -3,6 +3,7 @@
 // has every 32nd group of columns of out.
 #pragma once
 #include "cuda/columns.cuh"
+#include "cuda/gather_attention.h"
 #include "cuda/online_softmax.cuh"
 
 namespace longctx::cuda {
@@ -11,7 +12,7 @@ template <int kHeadDim>
 struct PlainGather {
   using Element = float;
   using Out = float;
-  static constexpr int kRows = 8;
+  static constexpr int kRows = kPlainGatherRows;
   static constexpr int kKeys = 8;
   static constexpr int kDim = kHeadDim;
   static constexpr int kElements = 4;

@@ -6,23 +6,13 @@
 namespace longctx::cuda {
 namespace {
 
-// 16 bytes of the states per access where every row of both tensors is aligned for it.
-template <class In, class Out>
-bool aligned(const MergeParams& p) {
-  constexpr int64_t kCount = 16 / sizeof(In);
-  const TensorView& merged = p.merged_out;
-  return reinterpret_cast<uintptr_t>(p.out) % 16 == 0 &&
-         reinterpret_cast<uintptr_t>(merged.data) % (kCount * sizeof(Out)) == 0 &&
-         p.dim % kCount == 0 && merged.batch_stride % kCount == 0 &&
-         merged.head_stride % kCount == 0 && merged.seq_stride % kCount == 0;
-}
-
 template <class T, class In, class Out>
 void merge(const char* op, const MergeParams& p) {
   if (p.rows == 0) return;
   const auto grid = dim3(static_cast<unsigned>((p.rows + kMergeRows - 1) / kMergeRows));
-  const auto kernel = aligned<In, Out>(p) ? &merge_states_kernel<T, In, Out, 16 / sizeof(In)>
-                                          : &merge_states_kernel<T, In, Out, 1>;
+  const auto kernel = merge_columns<In, Out>(p) > 1
+                          ? &merge_states_kernel<T, In, Out, 16 / sizeof(In)>
+                          : &merge_states_kernel<T, In, Out, 1>;
   launch(op, kernel, grid, kMergeRows * device::kWarpSize, 0, p);
 }
 
@@ -50,17 +40,7 @@ void run_merge_states_cuda(const MergeStatesParams& params) {
 }
 
 void merge_splits(const char* op, const SplitMerge& params) {
-  MergeParams p;
-  p.out = params.out;
-  p.lse = params.lse;
-  p.sinks = params.sinks;
-  p.merged_out = params.merged_out;
-  p.merged_lse = params.merged_lse;
-  p.num_states = params.num_splits;
-  p.rows = params.batch * params.heads * params.seqlen_q;
-  p.heads = params.heads;
-  p.seqlen = params.seqlen_q;
-  p.dim = params.dim_v;
+  const MergeParams p = merge_params(params);
   switch (params.dtype) {
     case DType::kBFloat16:
       return merge<float, float, __nv_bfloat16>(op, p);

@@ -3,6 +3,7 @@
 // states while the weights are computed, then for columns. Reads every state once.
 #pragma once
 #include "cuda/columns.cuh"
+#include "cuda/merge_splits.h"
 #include "device/thread.cuh"
 #include "longctx/params.h"
 
@@ -22,6 +23,33 @@ struct MergeParams {
   int64_t seqlen = 0;
   int64_t dim = 0;
 };
+
+inline MergeParams merge_params(const SplitMerge& splits) {
+  MergeParams p;
+  p.out = splits.out;
+  p.lse = splits.lse;
+  p.sinks = splits.sinks;
+  p.merged_out = splits.merged_out;
+  p.merged_lse = splits.merged_lse;
+  p.num_states = splits.num_splits;
+  p.rows = splits.batch * splits.heads * splits.seqlen_q;
+  p.heads = splits.heads;
+  p.seqlen = splits.seqlen_q;
+  p.dim = splits.dim_v;
+  return p;
+}
+
+// Columns of an access: 16 bytes of the states where every row of both tensors is aligned for it.
+template <class In, class Out>
+int merge_columns(const MergeParams& p) {
+  constexpr int kCount = 16 / sizeof(In);
+  const TensorView& merged = p.merged_out;
+  const bool aligned = reinterpret_cast<uintptr_t>(p.out) % 16 == 0 &&
+                       reinterpret_cast<uintptr_t>(merged.data) % (kCount * sizeof(Out)) == 0 &&
+                       p.dim % kCount == 0 && merged.batch_stride % kCount == 0 &&
+                       merged.head_stride % kCount == 0 && merged.seq_stride % kCount == 0;
+  return aligned ? kCount : 1;
+}
 
 template <class T>
 struct StateWeights {
@@ -75,14 +103,10 @@ struct StateWeights {
   }
 };
 
-// T: type of the statistics; In: of the states; Out: of the result. Every lane takes `count`
-// columns at a time, which must be aligned in both.
+// By a warp. T: type of the statistics; In: of the states; Out: of the result. Every lane takes
+// `count` columns at a time, which must be aligned in both.
 template <class T, class In, class Out, int count>
-LONGCTX_KERNEL(kMergeRows* device::kWarpSize, 1)
-merge_states_kernel(const MergeParams p) {
-  const int64_t row = device::block_index() * kMergeRows + device::warp_index();
-  if (row >= p.rows) return;
-
+LONGCTX_DEVICE void merge_row(const MergeParams& p, int64_t row) {
   // state weights
   const StateWeights<T> weights(p, row);
   if (device::lane_index() == 0) static_cast<T*>(p.merged_lse)[row] = weights.merged_lse;
@@ -113,6 +137,13 @@ merge_states_kernel(const MergeParams p) {
     for (int d = 0; d < count; ++d) device::narrow(acc[d], out.values[d]);
     *reinterpret_cast<Columns<Out, count>*>(merged + column) = out;
   }
+}
+
+template <class T, class In, class Out, int count>
+LONGCTX_KERNEL(kMergeRows* device::kWarpSize, 1)
+merge_states_kernel(const MergeParams p) {
+  const int64_t row = device::block_index() * kMergeRows + device::warp_index();
+  if (row < p.rows) merge_row<T, In, Out, count>(p, row);
 }
 
 }  // namespace longctx::cuda

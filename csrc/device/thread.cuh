@@ -79,6 +79,16 @@ LONGCTX_DEVICE void atomic_or_global(uint32_t* target, uint32_t bits) { atomicOr
 LONGCTX_DEVICE void atomic_max_global(uint32_t* target, uint32_t value) {
   atomicMax(target, value);
 }
+// Counts to `last` and then from 0 again; returns the count before. A thread whose call comes later
+// sees what this one has done and, through barriers, knows that others have.
+LONGCTX_DEVICE uint32_t atomic_count_global(uint32_t* counter, uint32_t last) {
+  uint32_t before;
+  asm volatile("atom.acq_rel.gpu.inc.u32 %0, [%1], %2;"
+               : "=r"(before)
+               : "l"(counter), "r"(last)
+               : "memory");
+  return before;
+}
 
 // `value`, from an unknown source: what is derived from it is computed anew where it is used,
 // instead of staying in registers.
@@ -173,6 +183,14 @@ LONGCTX_DEVICE void atomic_max_global(uint32_t* target, uint32_t value) {
   while (seen < value && !__atomic_compare_exchange_n(target, &seen, value, false, __ATOMIC_RELAXED,
                                                       __ATOMIC_RELAXED)) {
   }
+}
+LONGCTX_DEVICE uint32_t atomic_count_global(uint32_t* counter, uint32_t last) {
+  const uint32_t before = __atomic_load_n(counter, __ATOMIC_RELAXED);
+  const uint32_t after = before < last ? before + 1 : 0;
+  // Blocks that ThreadSanitizer does not look at must not order those that it does.
+  simt::seen_by_tsan() ? __atomic_exchange_n(counter, after, __ATOMIC_ACQ_REL)
+                       : __atomic_exchange_n(counter, after, __ATOMIC_RELAXED);
+  return before;
 }
 
 LONGCTX_DEVICE int opaque(int value) { return value; }

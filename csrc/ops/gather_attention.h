@@ -62,6 +62,21 @@ inline RowsView<bool> tree_view(const Checker& check, const Tensor& q, const Ten
   return {tree_mask.const_data_ptr<bool>(), one ? 0 : tree_mask.stride(0), 0, tree_mask.stride(1)};
 }
 
+inline uint32_t* workspace_data(const Checker& check, const Tensor& q, const Tensor& workspace) {
+  check.same_device("workspace", workspace, q);
+  check.dtype("workspace", workspace, ScalarType::Int);
+  check.shape("workspace", workspace, "[at least batch * num_q_heads * seqlen_q]", {kAnySize});
+  check.contiguous("workspace", workspace);
+  const int64_t size = q.size(0) * q.size(1) * q.size(2);
+  if (workspace.size(0) < size) {
+    check.fail(
+        "workspace",
+        "have at least batch * num_q_heads * seqlen_q = " + std::to_string(size) + " elements",
+        workspace.size(0));
+  }
+  return static_cast<uint32_t*>(workspace.mutable_data_ptr());
+}
+
 template <void (*run)(const GatherAttentionParams&)>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gather_attention(
     const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& indices,
@@ -70,7 +85,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gather_attention(
     int64_t k_position_step, const OptionalTensor& q_positions, const OptionalTensor& rope_cos_sin,
     const OptionalTensor& seqused_k, const OptionalTensor& page_table,
     std::optional<double> softmax_scale, double softcap, bool return_key_mass,
-    bool return_block_states) {
+    bool return_block_states, const OptionalTensor& workspace) {
   const Checker check("gather_attention");
   GatherAttentionParams params;
   const bool in_pages = page_table.has_value();
@@ -134,6 +149,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gather_attention(
   check.finite("softcap", softcap);
   check.require(softcap >= 0, "softcap", "not be negative (0 means none)", softcap);
   params.softcap = softcap;
+  if (workspace) params.workspace = workspace_data(check, q, *workspace);
 
   const ScalarType lse_type =
       params.dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float;

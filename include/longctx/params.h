@@ -154,6 +154,9 @@ struct GatherAttentionParams {
   // null: not wanted.
   void* block_out = nullptr;
   void* block_lse = nullptr;
+  // [batch * num_q_heads * seqlen_q] zeros, which stay zeros, for a backend to count in: saves a
+  // launch on CUDA; null: none.
+  uint32_t* workspace = nullptr;
 };
 
 // Rows of k and v by lists of keys: those of `counts`, in [0, seqused_k) and on a page that exists.

@@ -138,6 +138,19 @@ struct AtomicGlobal : Defaults {
   }
 };
 
+// A counter a thread, 0 before.
+struct AtomicCount : Defaults {
+  static constexpr const char* kName = "atomic_count_global";
+  static constexpr const char* kWords = "atomic_count_global";
+  static constexpr int kIn = 1, kOut = 5;
+  static void fill(Random& random, int thread, uint32_t* in) {
+    in[0] = thread < 8 ? random.below(4) : random.bits();
+  }
+  LONGCTX_DEVICE static void run(const uint32_t* in, uint32_t* out) {
+    for (int i = 0; i < 4; ++i) out[i] = device::atomic_count_global(out + 4, in[0]);
+  }
+};
+
 // Every thread reads what another one wrote before the barrier.
 struct Barriers : Defaults {
   static constexpr const char* kName = "barriers";
@@ -232,10 +245,10 @@ struct Conversions : Defaults {
 }  // namespace
 
 std::vector<Case> thread_cases() {
-  return {make_case<Indices>(),      make_case<Shuffle>(),    make_case<ShuffleXor>(),
-          make_case<ShuffleUp>(),    make_case<Ballot>(),     make_case<AtomicAdd>(),
-          make_case<AtomicGlobal>(), make_case<Barriers>(),   make_case<Exp2>(),
-          make_case<Reciprocal>(),   make_case<Conversions>()};
+  return {make_case<Indices>(),      make_case<Shuffle>(),     make_case<ShuffleXor>(),
+          make_case<ShuffleUp>(),    make_case<Ballot>(),      make_case<AtomicAdd>(),
+          make_case<AtomicGlobal>(), make_case<AtomicCount>(), make_case<Barriers>(),
+          make_case<Exp2>(),         make_case<Reciprocal>(),  make_case<Conversions>()};
 }
 
 }  // namespace longctx::lanes

@@ -22,7 +22,8 @@ constexpr int64_t kKeysPerBlock = 3 * longctx::cuda::kPlantedTile + 64;
 struct Buffers {
   std::unique_ptr<float[]> keys{new float[kBlocks * kKeysPerBlock]};
   std::unique_ptr<float[]> weights{new float[4]{1, -2, 3, -4}};
-  std::unique_ptr<float[]> out{new float[kBlocks]{}};
+  std::unique_ptr<float[]> out{new float[kBlocks + 1]{}};
+  uint32_t counter = 0;
 };
 
 bool right(const char* mode, int block, float got, float expected) {
@@ -51,7 +52,7 @@ template <Bug bug>
 bool run() {
   return in_every_mode([](const char* mode) {
     Buffers buffers;
-    float expected[kBlocks] = {};
+    float expected[kBlocks + 1] = {};
     for (int64_t i = 0; i < kBlocks * kKeysPerBlock; ++i) {
       buffers.keys[i] = static_cast<float>(i * 37 % 11);
       expected[i / kKeysPerBlock] += buffers.weights[i % 4] * buffers.keys[i];
@@ -59,9 +60,11 @@ bool run() {
     longctx::cuda::launch("planted", &longctx::cuda::planted_kernel<bug>, dim3(kBlocks),
                           longctx::cuda::kPlantedThreads, sizeof(longctx::cuda::PlantedShared),
                           static_cast<const float*>(buffers.keys.get()), kKeysPerBlock,
-                          static_cast<const float*>(buffers.weights.get()), buffers.out.get());
+                          static_cast<const float*>(buffers.weights.get()), buffers.out.get(),
+                          static_cast<uint32_t>(kBlocks), &buffers.counter);
     bool ok = true;
-    for (int block = 0; block < kBlocks; ++block) {
+    for (int block = 0; block < kBlocks; ++block) expected[kBlocks] += expected[block];
+    for (int block = 0; block <= kBlocks; ++block) {
       ok &= right(mode, block, buffers.out[block], expected[block]);
     }
     return ok;
@@ -111,6 +114,8 @@ constexpr Variant kVariants[] = {
     {"lane_returned", &run<Bug::kLaneReturned>},
     {"misaligned_copy", &run<Bug::kMisalignedCopy>},
     {"blocks_race", &run<Bug::kBlocksRace>},
+    {"no_release", &run<Bug::kNoRelease>},
+    {"no_barrier_before_count", &run<Bug::kNoBarrierBeforeCount>},
     {"hopper_none", &run_hopper<HopperBug::kNone>},
     {"hopper_no_full_wait", &run_hopper<HopperBug::kNoFullWait>},
     {"hopper_no_empty_wait", &run_hopper<HopperBug::kNoEmptyWait>},

@@ -6,7 +6,8 @@
 //   step 0:  copy tile 0
 //   step t:  copy tile t + 1; wait for tile t; barrier; sum tile t; barrier (the next copy reuses
 //            its stage)
-//   end:     sum over the lanes of a warp, then over the warps through shared memory
+//   end:     sum over the lanes of a warp, then over the warps through shared memory; the last
+//            block to end adds up all blocks' sums
 #pragma once
 #include "device/copy.cuh"
 
@@ -26,7 +27,9 @@ enum class Bug {
   kDivergentWarp,       // half a warp takes part in a collective
   kLaneReturned,        // one lane does not
   kMisalignedCopy,
-  kBlocksRace,  // all blocks store to one place
+  kBlocksRace,           // all blocks store to one place
+  kNoRelease,            // the last block comes to know that others have ended, not what they left
+  kNoBarrierBeforeCount  // a thread says that its block has ended before another one's store
 };
 
 constexpr int kPlantedThreads = 64;
@@ -34,6 +37,7 @@ constexpr int kPlantedTile = 4 * kPlantedThreads;
 
 struct PlantedShared {
   float stages[2][kPlantedTile];
+  uint32_t arrivals;
   float warp_sums[kPlantedThreads / device::kWarpSize];
 };
 
@@ -50,8 +54,21 @@ LONGCTX_DEVICE void copy_tile(const float* keys, int64_t num_keys, int64_t tile,
 }
 
 template <Bug bug>
+LONGCTX_DEVICE bool is_last_block(uint32_t* counter, uint32_t num_blocks, uint32_t& arrivals) {
+  if constexpr (bug != Bug::kNoBarrierBeforeCount) device::sync_threads();
+  if (device::thread_index() == kPlantedThreads - 1) {
+    arrivals = bug == Bug::kNoRelease ? __atomic_fetch_add(counter, 1, __ATOMIC_RELAXED)
+                                      : device::atomic_count_global(counter, num_blocks - 1);
+  }
+  device::sync_threads();
+  return arrivals == num_blocks - 1;
+}
+
+// out [num_blocks + 1], the last is the sum of all; counter 0.
+template <Bug bug>
 LONGCTX_KERNEL(kPlantedThreads, 1)
-planted_kernel(const float* keys, int64_t keys_per_block, const float* weights, float* out) {
+planted_kernel(const float* keys, int64_t keys_per_block, const float* weights, float* out,
+               uint32_t num_blocks, uint32_t* counter) {
   auto& shared = *reinterpret_cast<PlantedShared*>(device::shared_memory());
   keys += device::block_index() * keys_per_block;
   const int64_t num_tiles = (keys_per_block + kPlantedTile - 1) / kPlantedTile;
@@ -98,10 +115,14 @@ planted_kernel(const float* keys, int64_t keys_per_block, const float* weights, 
   constexpr int kOverrun = bug == Bug::kSharedOverrun ? 1 : 0;
   if (thread == 0) {
     const int64_t at = bug == Bug::kBlocksRace      ? 0
-                       : bug == Bug::kGlobalOverrun ? device::block_index() + 1
+                       : bug == Bug::kGlobalOverrun ? device::block_index() + 2
                                                     : device::block_index();
     out[at] = shared.warp_sums[0] + shared.warp_sums[1 + kOverrun];
   }
+  if (!is_last_block<bug>(counter, num_blocks, shared.arrivals) || thread != 0) return;
+  float total = 0;
+  for (uint32_t block = 0; block < num_blocks; ++block) total += out[block];
+  out[num_blocks] = total;
 }
 
 }  // namespace longctx::cuda

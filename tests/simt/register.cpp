@@ -56,17 +56,21 @@ void choose_device(const Name& device) {
   simt::mode.hopper = chosen<bool>("device", device, {{"sm_80", false}, {"sm_90", true}});
 }
 
+int64_t num_launches() { return simt::num_launches; }
+
 }  // namespace
 }  // namespace longctx
 
 STABLE_TORCH_LIBRARY(longctx_simt, m) {
   m.def("configure(str schedule, str landing, int seed) -> ()");
   m.def("choose_device(str device) -> ()");
+  m.def("num_launches() -> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(longctx_simt, CompositeExplicitAutograd, m) {
   m.impl("configure", TORCH_BOX(&longctx::configure));
   m.impl("choose_device", TORCH_BOX(&longctx::choose_device));
+  m.impl("num_launches", TORCH_BOX(&longctx::num_launches));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(longctx, CompositeExplicitAutograd, m) {

@@ -21,6 +21,7 @@ namespace simt {
 
 Mode mode;
 Thread running;
+int64_t num_launches = 0;
 
 namespace {
 
@@ -437,6 +438,7 @@ void run_grid(const char* op, unsigned grid_x, unsigned grid_y, int num_threads,
               int64_t shared_bytes, const std::function<void()>& body) {
   static std::mutex one_grid_at_a_time;
   const std::lock_guard<std::mutex> guard(one_grid_at_a_time);
+  ++num_launches;
   const auto fail = [&](const std::string& message) {
     throw std::runtime_error("longctx::" + std::string(op) + ": host SIMT: " + message);
   };

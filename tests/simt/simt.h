@@ -46,6 +46,9 @@ struct Thread {
 };
 extern Thread running;
 
+// Of this process, so far.
+extern int64_t num_launches;
+
 // Runs body() as every thread of the grid; threads are a multiple of 32. Throws std::runtime_error
 // with one message where the kernel hangs, diverges or breaks another rule below.
 void run_grid(const char* op, unsigned grid_x, unsigned grid_y, int num_threads,

@@ -127,6 +127,7 @@ class Tensor {
     }
   }
 
+  bool same_bytes(const Tensor& other) const { return bytes_ == other.bytes_; }
   int64_t size(int dim) const { return sizes_[dim]; }
   TensorView view() {
     char* first = bytes_.empty() ? nullptr : bytes_.data() + first_ * element_bytes(dtype_);

@@ -1,351 +1,39 @@
 #include <gtest/gtest.h>
 
-#include <algorithm>
-#include <iterator>
-#include <numeric>
-
-#include "cuda/kernels.h"
-#include "tensors.h"
+#include "gather_check.h"
 
 namespace longctx::simt_tests {
 namespace {
 
-struct Gather {
-  DType dtype = DType::kBFloat16;
-  int64_t batch = 1;
-  int64_t num_q_heads = 4;
-  int64_t num_kv_heads = 1;
-  int64_t seqlen_q = 1;
-  int64_t seqlen_k = 90;
-  int64_t head_dim = 128;
-  int64_t head_dim_v = 128;
-  int64_t num_entries = 20;
-  int64_t index_heads = 1;
-  int64_t block_size_k = 1;
-  int64_t num_first = 0;
-  int64_t num_last = 0;
-  int64_t page_size = 0;  // > 0: k and v in pages
-  int64_t rotary_dim = 0;
-  int64_t k_position_step = 1;
-  double softcap = 0;
-  bool with_counts = false;
-  bool with_bias = false;
-  bool shared_tokens = false;  // one list for all
-  bool with_tree = false;
-  bool with_results = false;  // masses and states of the entries
-  std::vector<int32_t> seqused_k;
-  Layout layout = Layout::kHeadsFirst;
-};
-
-class GatherTest {
- public:
-  explicit GatherTest(const Gather& c) : c_(c), rng_(5) {
-    q_ = Tensor(c.dtype, c.batch, c.num_q_heads, c.seqlen_q, c.head_dim, c.layout);
-    q_.fill_normal(rng_);
-    make_pages();
-    make_lists();
-    make_rope();
-    for (int64_t i = 0; c.with_tree && i < c.seqlen_q * c.seqlen_q; ++i) {
-      const int64_t token = i / c.seqlen_q, other = i % c.seqlen_q;
-      tree_.push_back(static_cast<char>(other <= token && (token + other) % 2 == 0));
-    }
-  }
-
-  void run() {
-    in_every_mode([&] { check(); });
-  }
-
- private:
-  int64_t used(int64_t b) const { return c_.seqused_k.empty() ? c_.seqlen_k : c_.seqused_k[b]; }
-  int64_t list(int64_t b, int64_t index_head, int64_t token) const {
-    return (b * c_.index_heads + index_head) * list_tokens() + (c_.shared_tokens ? 0 : token);
-  }
-  int64_t list_tokens() const { return c_.shared_tokens ? 1 : c_.seqlen_q; }
-  // Where key j of batch entry b stands in k_ and v_.
-  std::pair<int64_t, int64_t> place(int64_t b, int64_t key) const {
-    if (c_.page_size == 0) return {b, key};
-    const int64_t max_pages = c_.seqlen_k / c_.page_size;
-    return {page_table_[b * max_pages + key / c_.page_size], key % c_.page_size};
-  }
-
-  // The last page of each entry does not exist.
-  void make_pages() {
-    if (c_.page_size > 0) {
-      page_table_.resize(c_.batch * c_.seqlen_k / c_.page_size);
-      std::iota(page_table_.begin(), page_table_.end(), 0);
-      std::shuffle(page_table_.begin(), page_table_.end(), rng_);
-      for (int64_t b = 1; b <= c_.batch; ++b) {
-        page_table_[b * c_.seqlen_k / c_.page_size - 1] = b % 2 == 0 ? -1 : 1000;
-      }
-    }
-    const int64_t rows = c_.page_size > 0 ? c_.page_size : c_.seqlen_k;
-    const int64_t batch = c_.page_size > 0 ? c_.batch * c_.seqlen_k / c_.page_size : c_.batch;
-    k_ = Tensor(c_.dtype, batch, c_.num_kv_heads, rows, c_.head_dim, c_.layout);
-    v_ = Tensor(c_.dtype, batch, c_.num_kv_heads, rows, c_.head_dim_v, c_.layout);
-    k_.fill_normal(rng_);
-    v_.fill_normal(rng_);
-  }
-
-  // Different blocks in any order, some of them -1 or past the keys.
-  void make_lists() {
-    const int64_t lists = c_.batch * c_.index_heads * list_tokens();
-    const int64_t blocks = c_.seqlen_k / c_.block_size_k + 2;
-    std::vector<int32_t> order(static_cast<size_t>(std::max(blocks, c_.num_entries)));
-    std::normal_distribution<float> normal;
-    for (int64_t l = 0; l < lists; ++l) {
-      std::iota(order.begin(), order.end(), 0);
-      std::shuffle(order.begin(), order.begin() + blocks, rng_);
-      for (int64_t e = 0; e < c_.num_entries; ++e) {
-        indices_.push_back(e % 7 == 3 || e >= blocks ? -1 : order[e]);
-        if (c_.with_bias) {
-          bias_.push_back(e % 5 == 2 ? -std::numeric_limits<float>::infinity() : normal(rng_));
-        }
-        if (c_.rotary_dim > 0) k_positions_.push_back(static_cast<int32_t>(rng_() % 60));
-      }
-      if (c_.with_counts) {
-        counts_.push_back(static_cast<int32_t>(rng_() % (c_.num_entries + 3)) - 1);
-      }
-    }
-  }
-
-  void make_rope() {
-    if (c_.rotary_dim == 0) return;
-    const int64_t half = c_.rotary_dim / 2;
-    for (int64_t position = 0; position < kPositions; ++position) {
-      for (int64_t d = 0; d < 2 * half; ++d) {
-        const double angle = position * std::pow(100.0, -static_cast<double>(d % half) / half);
-        cos_sin_.push_back(static_cast<float>(d < half ? std::cos(angle) : std::sin(angle)));
-      }
-    }
-    for (int64_t i = 0; i < c_.batch * c_.seqlen_q; ++i) {
-      q_positions_.push_back(static_cast<int32_t>(50 + i));
-    }
-  }
-
-  GatherAttentionParams params(Tensor& out, Tensor& lse) {
-    GatherAttentionParams p;
-    p.dtype = c_.dtype;
-    p.seqs.batch = p.seqs.num_seqs = c_.batch;
-    p.seqs.seqlen_q = c_.seqlen_q;
-    p.seqs.seqlen_k = c_.seqlen_k;
-    p.seqs.seqused_k = data_or_null(c_.seqused_k);
-    p.q = q_.view();
-    p.k = k_.view();
-    p.v = v_.view();
-    p.out = out.view();
-    p.lse = lse.data();
-    if (c_.page_size > 0) {
-      p.pages = {page_table_.data(), c_.seqlen_k / c_.page_size, k_.size(0), c_.page_size};
-    }
-    const int64_t tokens = list_tokens(), lists = c_.index_heads * tokens;
-    const auto rows = [&](const auto& values) {
-      using T = typename std::decay_t<decltype(values)>::value_type;
-      return RowsView<T>{data_or_null(values), lists * c_.num_entries, tokens * c_.num_entries,
-                         c_.shared_tokens ? 0 : c_.num_entries};
-    };
-    p.indices = rows(indices_);
-    p.bias = rows(bias_);
-    p.counts = {data_or_null(counts_), lists, tokens, c_.shared_tokens ? 0 : 1};
-    p.tree_mask = {reinterpret_cast<const bool*>(data_or_null(tree_)), 0, 0, c_.seqlen_q};
-    p.rope.cos_sin = data_or_null(cos_sin_);
-    p.rope.max_positions = kPositions;
-    p.rope.rotary_dim = c_.rotary_dim;
-    p.rope.k_positions = rows(k_positions_);
-    p.rope.k_position_step = c_.k_position_step;
-    p.rope.q_positions = {data_or_null(q_positions_), c_.seqlen_q, 0, 1};
-    p.num_entries = c_.num_entries;
-    p.index_heads = c_.index_heads;
-    p.index_tokens = tokens;
-    p.block_size_k = c_.block_size_k;
-    p.num_first = c_.num_first;
-    p.num_last = c_.num_last;
-    p.num_q_heads = c_.num_q_heads;
-    p.num_kv_heads = c_.num_kv_heads;
-    p.head_dim = c_.head_dim;
-    p.head_dim_v = c_.head_dim_v;
-    p.softmax_scale = kScale;
-    p.softcap = c_.softcap;
-    return p;
-  }
-
-  struct Key {
-    int64_t index;
-    int64_t position;
-    double bias;
-    int64_t entry;  // num_entries: forced
-  };
-  std::vector<Key> selected(int64_t b, int64_t head, int64_t token) const {
-    const int64_t diagonal = used(b) - c_.seqlen_q;
-    const int64_t visible = std::max<int64_t>(0, diagonal + token + 1);
-    const int64_t first = std::min(c_.num_first, visible);
-    const int64_t last = std::max(first, visible - c_.num_last);
-    const int64_t l = list(b, head * c_.index_heads / c_.num_q_heads, token);
-    const int64_t entries =
-        c_.with_counts ? std::clamp<int64_t>(counts_[l], 0, c_.num_entries) : c_.num_entries;
-    std::vector<Key> keys;
-    for (int64_t e = 0; e < entries; ++e) {
-      const int64_t block = indices_[l * c_.num_entries + e];
-      for (int64_t i = 0; block >= 0 && i < c_.block_size_k; ++i) {
-        const int64_t key = block * c_.block_size_k + i;
-        if (key < first || key >= last) continue;
-        const double bias = c_.with_bias ? bias_[l * c_.num_entries + e] : 0.0;
-        const int64_t position =
-            c_.rotary_dim > 0 ? k_positions_[l * c_.num_entries + e] + i * c_.k_position_step : 0;
-        if (bias != -kInf) keys.push_back({key, position, bias, e});
-      }
-    }
-    // The last keys stand as far before a token as they lie; in a tree, at their own tokens or
-    // before the first.
-    for (int64_t key = 0; key < first; ++key) keys.push_back({key, key, 0.0, c_.num_entries});
-    for (int64_t key = last; key < visible; ++key) {
-      const int64_t anchor = !c_.with_tree ? token : std::max<int64_t>(0, key - diagonal);
-      const int64_t stands_at = c_.rotary_dim > 0 ? q_positions_[b * c_.seqlen_q + anchor] : 0;
-      keys.push_back({key, stands_at - (diagonal + anchor - key), 0.0, c_.num_entries});
-    }
-    const auto gone = [&](const Key& key) {
-      if (c_.with_tree && key.index >= diagonal &&
-          tree_[token * c_.seqlen_q + key.index - diagonal] == 0) {
-        return true;
-      }
-      if (c_.rotary_dim > 0 && (key.position < 0 || key.position >= kPositions)) return true;
-      const int64_t batch = place(b, key.index).first;
-      return batch < 0 || batch >= k_.size(0);
-    };
-    keys.erase(std::remove_if(keys.begin(), keys.end(), gone), keys.end());
-    return keys;
-  }
-
-  // Element d of a row at a position, rotated and rounded as operands of 16-bit products are.
-  double rotated(const Tensor& x, int64_t b, int64_t h, int64_t row, int64_t d,
-                 int64_t position) const {
-    const double own = x.get(b, h, row, d);
-    if (d >= c_.rotary_dim) return own;
-    const int64_t half = c_.rotary_dim / 2;
-    const float* angles = cos_sin_.data() + position * c_.rotary_dim;
-    const double cos = angles[d % half], sin = angles[half + d % half];
-    const double other = x.get(b, h, row, d < half ? d + half : d - half);
-    const double value = own * cos + (d < half ? -other : other) * sin;
-    char bits[8];
-    store(c_.dtype, bits, value);
-    return load(c_.dtype, bits);
-  }
-
-  void check() {
-    Tensor out(c_.dtype, c_.batch, c_.num_q_heads, c_.seqlen_q, c_.head_dim_v, c_.layout);
-    Tensor lse(DType::kFloat32, c_.batch, c_.num_q_heads, c_.seqlen_q, 1);
-    GatherAttentionParams p = params(out, lse);
-    const int64_t lists = c_.batch * c_.index_heads * list_tokens(), parts = c_.num_entries + 1;
-    const int64_t rows = c_.batch * c_.num_q_heads * c_.seqlen_q;
-    Tensor mass(DType::kFloat32, 1, 1, lists, parts);
-    Tensor block_out(c_.dtype, 1, parts, rows, c_.head_dim_v),
-        block_lse(DType::kFloat32, 1, 1, parts, rows);
-    if (c_.with_results) {
-      p.key_mass = static_cast<float*>(mass.data());
-      p.block_out = block_out.data();
-      p.block_lse = block_lse.data();
-    }
-    cuda::run_gather_attention_cuda(p);
-    out.expect_gaps_untouched();
-    std::vector<double> masses(static_cast<size_t>(lists * parts));
-    int64_t row = 0;
-    lse.for_each([&](int64_t b, int64_t h, int64_t token, int64_t) {
-      const std::vector<Key> keys = selected(b, h, token);
-      const double row_lse = lse.get(b, h, token, 0);
-      check_row(b, h, token, keys, row_lse, [&](int64_t d) { return out.get(b, h, token, d); });
-      for (int64_t e = 0; c_.with_results && e < parts; ++e) {
-        std::vector<Key> of_entry;
-        std::copy_if(keys.begin(), keys.end(), std::back_inserter(of_entry),
-                     [e](const Key& key) { return key.entry == e; });
-        const double entry_lse = block_lse.get(0, 0, e, row);
-        check_row(b, h, token, of_entry, entry_lse,
-                  [&](int64_t d) { return block_out.get(0, e, row, d); });
-        if (of_entry.empty()) continue;
-        const int64_t l = list(b, h * c_.index_heads / c_.num_q_heads, token);
-        masses[l * parts + e] += std::exp(entry_lse - row_lse);
-      }
-      ++row;
-    });
-    if (!c_.with_results) return;
-    mass.for_each([&](int64_t, int64_t, int64_t l, int64_t e) {
-      expect_close(mass.get(0, 0, l, e), masses[l * parts + e], 1e-4, "mass");
-    });
-  }
-
-  template <class Out>
-  void check_row(int64_t b, int64_t h, int64_t token, const std::vector<Key>& keys, double lse,
-                 const Out& out) const {
-    const int64_t kv_head = h * c_.num_kv_heads / c_.num_q_heads;
-    const int64_t stands_at = c_.rotary_dim > 0 ? q_positions_[b * c_.seqlen_q + token] : 0;
-    double sum = 0, largest = 0;
-    std::vector<double> expected(static_cast<size_t>(c_.head_dim_v));
-    for (const Key& key : keys) {
-      const auto [batch, row] = place(b, key.index);
-      double score = 0;
-      for (int64_t d = 0; d < c_.head_dim; ++d) {
-        score += rotated(q_, b, h, token, d, stands_at) *
-                 rotated(k_, batch, kv_head, row, d, key.position);
-      }
-      score *= kScale;
-      if (c_.softcap > 0) score = c_.softcap * std::tanh(score / c_.softcap);
-      const double weight = std::exp(score + key.bias);
-      sum += weight;
-      for (int64_t d = 0; d < c_.head_dim_v; ++d) {
-        const double value = v_.get(batch, kv_head, row, d);
-        expected[d] += weight * value;
-        largest = std::max(largest, std::fabs(value));
-      }
-    }
-    // A rotation rounds its result where another order of the same sums may fall to the other side.
-    const double operands = c_.rotary_dim > 0 ? 2 * unit(c_.dtype) : 0.0;
-    expect_close(lse, keys.empty() ? -kInf : std::log(sum), 3e-5 + operands, "lse");
-    const double tolerance = (2 * unit(c_.dtype) + operands + 2e-6) * largest;
-    for (int64_t d = 0; d < c_.head_dim_v; ++d) {
-      const double value = keys.empty() ? 0.0 : expected[d] / sum;
-      expect_close(out(d), value, tolerance, "out");
-    }
-  }
-
-  static constexpr int64_t kPositions = 64;
-  static constexpr double kScale = 0.1;
-  Gather c_;
-  std::mt19937 rng_;
-  Tensor q_, k_, v_;
-  std::vector<int32_t> page_table_, indices_, counts_, k_positions_, q_positions_;
-  std::vector<float> bias_, cos_sin_;
-  std::vector<char> tree_;
-};
-
-void check(const Gather& c) { GatherTest(c).run(); }
-
 // Two tiles for some warps, one for others.
 TEST(gather_attention, tokens) {
-  Gather c;
+  GatherCase c;
   c.num_entries = 75;
-  check(c);
+  check_gather(c);
 }
 
 TEST(gather_attention, segments) {
-  Gather c;
+  GatherCase c;
   c.dtype = DType::kFloat16;
   c.head_dim = c.head_dim_v = 64;
   c.seqlen_k = 400;
   c.num_entries = 300;
   c.num_last = 5;
-  check(c);
+  check_gather(c);
 }
 
 // More query heads than rows, of which the last tile has one; dims that no vector fits.
 TEST(gather_attention, odd_rows_and_strides) {
-  Gather c;
+  GatherCase c;
   c.num_q_heads = 17;
   c.head_dim = 70;
   c.head_dim_v = 5;
   c.layout = Layout::kOdd;
-  check(c);
+  check_gather(c);
 }
 
 TEST(gather_attention, every_option) {
-  Gather c;
+  GatherCase c;
   c.dtype = DType::kFloat16;
   c.batch = 2;
   c.num_kv_heads = 2;
@@ -363,31 +51,31 @@ TEST(gather_attention, every_option) {
   c.with_counts = c.with_bias = true;
   c.seqused_k = {91, 40};
   c.layout = Layout::kRowsFirst;
-  check(c);
+  check_gather(c);
 }
 
 // Positions of keys run past the table.
 TEST(gather_attention, rotated) {
-  Gather c;
+  GatherCase c;
   c.num_entries = 12;
   c.block_size_k = 4;
   c.num_first = 3;
   c.num_last = 6;
   c.rotary_dim = 96;
-  check(c);
+  check_gather(c);
 }
 
 TEST(gather_attention, float32) {
-  Gather c;
+  GatherCase c;
   c.dtype = DType::kFloat32;
   c.num_q_heads = 9;
   c.num_entries = 75;
   c.with_bias = true;
-  check(c);
+  check_gather(c);
 }
 
 TEST(gather_attention, float32_every_option) {
-  Gather c;
+  GatherCase c;
   c.dtype = DType::kFloat32;
   c.batch = 2;
   c.num_kv_heads = 2;
@@ -404,12 +92,12 @@ TEST(gather_attention, float32_every_option) {
   c.softcap = 3;
   c.with_counts = true;
   c.seqused_k = {90, 51};
-  check(c);
+  check_gather(c);
 }
 
 // Tokens that are a tree and share their entries, and all that a call returns.
-Gather tree() {
-  Gather c;
+GatherCase tree() {
+  GatherCase c;
   c.batch = 2;
   c.num_q_heads = 6;
   c.num_kv_heads = 2;
@@ -424,42 +112,74 @@ Gather tree() {
   c.seqused_k = {90, 31};
   return c;
 }
-TEST(gather_attention, tree_and_results) { check(tree()); }
+TEST(gather_attention, tree_and_results) { check_gather(tree()); }
 TEST(gather_attention, float32_tree_and_results) {
-  Gather c = tree();
+  GatherCase c = tree();
   c.dtype = DType::kFloat32;
   c.index_heads = 1;
-  check(c);
+  check_gather(c);
 }
 
 // One pass for all tokens, of which each sees a few keys that the others do not. Rows of a token
 // fall into two blocks.
 TEST(gather_attention, tokens_share_a_pass) {
-  Gather c = tree();
+  GatherCase c = tree();
   c.num_q_heads = 12;
   c.seqlen_q = 5;
   c.rotary_dim = 0;
   c.with_results = c.with_tree = false;
-  check(c);
+  check_gather(c);
 }
 TEST(gather_attention, float32_tree_shares_a_pass) {
-  Gather c = tree();
+  GatherCase c = tree();
   c.dtype = DType::kFloat32;
   c.seqlen_q = 4;
   c.seqused_k = {90, 3};
   c.rotary_dim = 0;
   c.with_results = false;
-  check(c);
+  check_gather(c);
+}
+
+// At positions that follow each other, some of them past the table.
+TEST(gather_attention, rotated_tokens_share_a_pass) {
+  GatherCase c = tree();
+  c.num_q_heads = 14;
+  c.seqlen_q = 4;
+  c.seqused_k = {66, 31};
+  c.with_tree = c.with_q_positions = false;
+  check_gather(c);
+}
+
+// The last of three blocks merges what all have left.
+TEST(gather_attention, merged_in_the_launch) {
+  GatherCase c;
+  c.head_dim = c.head_dim_v = 64;
+  c.dtype = DType::kFloat16;
+  c.seqlen_k = 500;
+  c.num_entries = 400;
+  c.with_workspace = true;
+  check_gather(c);
+}
+
+// The last of six, of three row tiles in two batch entries; nothing is aligned.
+TEST(gather_attention, float32_merged_in_the_launch) {
+  GatherCase c = tree();
+  c.dtype = DType::kFloat32;
+  c.num_q_heads = 18;
+  c.head_dim_v = 37;
+  c.layout = Layout::kOdd;
+  c.with_workspace = true;
+  check_gather(c);
 }
 
 TEST(gather_attention, nothing_is_selected) {
-  Gather c;
+  GatherCase c;
   c.batch = 2;
   c.seqlen_q = 3;
   c.num_entries = 0;
   c.num_last = 2;
   c.seqused_k = {0, 2};
-  check(c);
+  check_gather(c);
 }
 
 }  // namespace

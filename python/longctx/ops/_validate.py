@@ -108,8 +108,14 @@ def block_list(op: str, block_indptr: Tensor, block_indices: Tensor, num_k_block
         )
 
 
-def selection(op: str, indices: Tensor, counts: Tensor | None, num_blocks: int) -> None:
-    """`counts` fits `indices`, whose entries that count are -1 or blocks of keys, none twice in a row."""
+def zeros(op: str, argument: str, workspace: Tensor | None) -> None:
+    if workspace is not None:
+        others = int(workspace.count_nonzero())
+        _require(others == 0, op, argument, "be zeros", f"{others} other values")
+
+
+def selection(op: str, indices: Tensor, counts: Tensor | None, lengths: Tensor, block_size_k: int) -> None:
+    """`counts` fits `indices`: entries that count are -1 or blocks of `lengths [batch]` keys, none twice in a row."""
     num_entries = indices.shape[3]
     counted = torch.ones_like(indices, dtype=torch.bool)
     if counts is not None:
@@ -119,8 +125,9 @@ def selection(op: str, indices: Tensor, counts: Tensor | None, num_blocks: int) 
     listed = indices.long().where(counted, -1)
     if listed.numel() == 0:
         return
-    low, high = _low(listed), _high(listed)
-    _require(low >= -1 and high < num_blocks, op, "indices", f"be -1 or in [0, {num_blocks})", f"[{low}, {high}]")
+    inside = (listed >= -1) & (listed * block_size_k < lengths.long()[:, None, None, None])
+    got = f"[{_low(listed)}, {_high(listed)}] with {_low(lengths)} to {_high(lengths)} keys in blocks of {block_size_k}"
+    _require(inside.all(), op, "indices", "be -1 or blocks of keys that exist", got)
     ordered = listed.sort(dim=-1).values
     twice = (ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)
     _require(~twice.any(), op, "indices", "list no entry of a row twice", "a row that does")

@@ -35,6 +35,7 @@ def gather_attention(
     softcap: float = 0.0,
     return_key_mass: bool = False,
     return_block_states: bool = False,
+    workspace: Tensor | None = None,
     validate: bool = False,
 ) -> tuple[Tensor, ...]:
     """Softmax attention of a few query tokens over keys selected for them, without copying these together.
@@ -85,7 +86,13 @@ def gather_attention(
         return_key_mass: also return how much softmax probability each entry got.
         return_block_states: also return the attention over each entry alone. Each is computed apart: for blocks
             of keys, not for single tokens.
-        validate: also check the values of index tensors and positions (reads them).
+        workspace: int32 zeros `[at least batch * num_q_heads * seqlen_q]`, contiguous, which the call counts in and
+            leaves as zeros: on CUDA it saves the launch that joins the parts of long sets, with the same bits. Calls
+            that follow each other may share one; calls, or CUDA graphs, that may run at the same time may not. After
+            a launch that failed, fill it with zeros anew. `None`: a launch more where sets are split. The CPU needs
+            none.
+        validate: also check the values of index tensors, positions and workspace (reads them): entries that count are
+            -1 or have a key below `seqused_k`, none of them twice in a list.
 
     Returns:
         `out [batch, num_q_heads, seqlen_q, head_dim_v]` in q's dtype, and `lse [batch, num_q_heads,
@@ -102,7 +109,11 @@ def gather_attention(
 
     Cost: `2 * (head_dim + head_dim_v)` FLOPs per query head, token and selected key; every selected row of K
     and V is read once per kv head and token: bound by memory. Deterministic: the same bits on any number of
-    threads. A rotary embedding adds 3 FLOPs per dim of a selected key and the row of the table that it reads.
+    threads. A rotary embedding adds 3 FLOPs per dim of a selected key and the row of the table that it reads. On CUDA
+    one launch where sets are short or a workspace is given (docs/cuda.md says which are split, and when two launches
+    are faster all the same), one more with `return_key_mass`.
+    Rotated rows stay float32 on the CPU; on CUDA those of 16 bits are rounded to their dtype again, as in
+    transformers: tensor cores take nothing wider.
     Gradients: none yet (raises NotImplementedError).
     Source: the gather step of Quest (arXiv 2406.10774), TidalDecode (arXiv 2410.05076), InfLLM (arXiv
     2402.04617) and others; a bias as in MagicPIG (arXiv 2410.16179); positions as in StreamingLLM
@@ -123,9 +134,10 @@ def gather_attention(
         seqlen_k = k.shape[2] if page_table is None else page_table.shape[1] * k.shape[2]
         _validate.lengths("gather_attention", "seqused_k", seqused_k, seqlen_k)
         _validate.pages("gather_attention", page_table, seqused_k, k)
-        _validate.selection("gather_attention", indices, counts, -(-seqlen_k // block_size_k))
+        used = q.new_full((q.shape[0],), seqlen_k, dtype=torch.int32) if seqused_k is None else seqused_k
+        _validate.selection("gather_attention", indices, counts, used, block_size_k)
+        _validate.zeros("gather_attention", "workspace", workspace)
         if rope_cos_sin is not None:
-            used = k.new_full((k.shape[0],), seqlen_k, dtype=torch.int32) if seqused_k is None else seqused_k
             num_positions = rope_cos_sin.shape[0]
             _validate.positions("gather_attention", used, k_positions, q_positions, num_positions)
             keys = _validate.keys_of_entries(indices, counts, used, block_size_k)
@@ -152,6 +164,7 @@ def gather_attention(
         softcap,
         return_key_mass,
         return_block_states,
+        workspace,
     )
     return out, lse, *([key_mass] if return_key_mass else []), *([block_out, block_lse] if return_block_states else [])
 

@@ -134,8 +134,9 @@ def gather_attention(
     softcap: float = 0.0,
     return_key_mass: bool = False,
     return_block_states: bool = False,
+    workspace: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """Dense attention under the mask of what was selected; see `longctx.gather_attention`."""
+    """Dense attention under the mask of what was selected; see `longctx.gather_attention`. Needs no `workspace`."""
     if page_table is not None and seqused_k is not None:
         k, v = (from_pages(cache, page_table, seqused_k) for cache in (k, v))
     batch, num_q_heads, seqlen_q, _ = q.shape
