@@ -38,6 +38,7 @@ def gather(length: int, device: str, *, block_size_k: int, batch: int = 16) -> W
         "k": randn(batch, KV_HEADS, length, DIM, device=device, seed=1),
         "v": randn(batch, KV_HEADS, length, DIM, device=device, seed=2),
         "block_size_k": block_size_k,
+        "workspace": torch.zeros(batch * HEADS, dtype=torch.int32, device=device),
     }
     blocks, num_entries = length // block_size_k, length // 32 // block_size_k
     order = randn(batch, KV_HEADS, 1, blocks, device=device, seed=3, dtype=torch.float32).argsort(dim=-1)
@@ -55,6 +56,9 @@ def gather(length: int, device: str, *, block_size_k: int, batch: int = 16) -> W
     contenders: dict[str, Run] = {
         "longctx": lambda i: longctx.gather_attention(
             i["q"], i["k"], i["v"], i["indices"], block_size_k=i["block_size_k"]
+        ),
+        "longctx, one launch": lambda i: longctx.gather_attention(
+            i["q"], i["k"], i["v"], i["indices"], block_size_k=i["block_size_k"], workspace=i["workspace"]
         ),
         "torch.gather + sdpa": copied,
     }
