@@ -161,11 +161,13 @@ TEST(gather_attention, merged_in_the_launch) {
   check_gather(c);
 }
 
-// The last of six, of three row tiles in two batch entries; nothing is aligned.
+// The last of six, of two row tiles each; nothing is aligned.
 TEST(gather_attention, float32_merged_in_the_launch) {
   GatherCase c = tree();
   c.dtype = DType::kFloat32;
-  c.num_q_heads = 18;
+  c.batch = c.num_kv_heads = c.index_heads = 1;
+  c.num_q_heads = 4;
+  c.seqused_k = {90};
   c.head_dim_v = 37;
   c.layout = Layout::kOdd;
   c.with_workspace = true;
