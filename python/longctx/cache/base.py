@@ -19,6 +19,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from longctx.cache.call import CallContext, Counts
 from longctx.cache.storage import Storage
+from longctx.cache.workspaces import Workspaces
 from longctx.ops import append_kv, attention, gather_kv
 
 # The attribute of a keys tensor that names its layer.
@@ -55,6 +56,7 @@ class LongctxLayer(CacheLayerMixin):
         self.config = config
         self.layer_idx = layer_idx
         self.max_cache_len = max_cache_len
+        self.workspaces = Workspaces()  # replaced by the one that all layers of a cache share
         self.reset()
 
     def reset(self) -> None:
@@ -105,6 +107,17 @@ class LongctxLayer(CacheLayerMixin):
         """Called after the last keys were taken away: forget what was made of them."""
 
     # For a method to call.
+
+    def workspace(self, q: Tensor) -> Tensor:
+        """What `gather_attention` takes of that name, for queries `q` of a call that came to `attend`."""
+        return self.workspaces.zeros(q.device, q.shape[:3].numel())
+
+    def make_workspace(self) -> None:
+        """For every call to come: before a graph is compiled that finds it."""
+        size = self.batch_size * self.config.num_attention_heads * self.max_seqlen_q
+        zeros = self.workspaces.zeros(self.device, size)
+        if self.max_cache_len is not None:
+            self.mark_static(zeros)
 
     def count(self, keys_read: int, seqlen_q: int) -> None:
         """Notes that each of `seqlen_q` tokens read `keys_read` keys per kv head."""
@@ -247,6 +260,7 @@ class LongctxLayer(CacheLayerMixin):
         self._k, self._v = Storage.like(key_states, capacity), Storage.like(value_states, capacity)
         self.device, self.batch_size = key_states.device, key_states.shape[0]
         self.is_initialized = True
+        self.make_workspace()
         if self.max_cache_len is not None:
             self.slots = self.max_cache_len
             self.seen = torch.zeros((), dtype=torch.int64, device=self.device)
@@ -364,6 +378,7 @@ class LongctxLayer(CacheLayerMixin):
         self._map_state(lambda x: x.map(change) if isinstance(x, Storage) else change(x))
         if self._k is not None:
             self.batch_size = self._k.data.shape[0]
+            self.make_workspace()
 
     def fork(self) -> LongctxLayer:
         """A layer of its own with the same past: storages are shared until one of the two writes where both read."""

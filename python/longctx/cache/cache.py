@@ -17,6 +17,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from longctx.cache.base import LongctxLayer
 from longctx.cache.stats import CacheStats
 from longctx.cache.storage import Storage
+from longctx.cache.workspaces import Workspaces
 
 FORMAT = "longctx cache 1"
 # What this transformers calls a cache: "past_key_values" up to 5.23, then "cache".
@@ -56,6 +57,7 @@ class LongctxCache(Cache):
         options = {**options, **handles, "max_cache_len": max_cache_len}
         layers = range(self.config.num_hidden_layers)
         super().__init__(layers=[layer_type(self.config, i, **options) for i in layers])
+        self._share_workspace()
         for name in self.STATE:
             setattr(self, name, None)
 
@@ -91,7 +93,16 @@ class LongctxCache(Cache):
         """A cache that goes its own way from here. Costs nothing until both have been written to: copy on write."""
         twin = object.__new__(type(self))
         twin.__dict__.update(self.__dict__, layers=[layer.fork() for layer in self.layers])
+        twin._share_workspace()
         return twin
+
+    def _share_workspace(self) -> None:
+        """Of this cache alone: another one may run at the same time."""
+        workspaces = Workspaces()
+        for layer in self.layers:
+            layer.workspaces = workspaces
+            if layer.is_initialized:
+                layer.make_workspace()
 
     def reset(self) -> None:
         super().reset()

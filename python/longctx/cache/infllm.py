@@ -70,7 +70,7 @@ class InfLLMLayer(Uncroppable):
         scores[..., : self.num_initial_tokens // self.block_size] = float("-inf")  # they are read anyway
         blocks, counts = topk_select(scores, self.num_blocks, lengths=behind[:, None].contiguous())
         options: dict[str, Any] = {"block_size_k": self.block_size, "num_first": self.num_initial_tokens}
-        options.update(context.score_options())
+        options |= {"workspace": self.workspace(q), **context.score_options()}
         if self.turns is None:
             out, lse = gather_attention(q, k, v, blocks, counts, num_last=num_last, **options)
             return context.weigh_sinks(out, lse)
@@ -80,7 +80,8 @@ class InfLLMLayer(Uncroppable):
         table = self.turns.table(k.shape[2], q.device)
         zeros = torch.zeros_like(position, dtype=torch.int32)
         far = gather_attention(q_far, k, v, blocks, counts + 1, q_positions=zeros, rope_cos_sin=table, **options)
-        near = gather_attention(q, k, v, blocks[..., :0], num_last=self.window_size, **context.score_options())
+        options |= {"num_first": 0, "num_last": self.window_size, "seqused_k": context.seqused_k}
+        near = gather_attention(q, k, v, blocks[..., :0], **options)
         out, lse = merge_states(*(torch.stack(parts) for parts in zip(far, near, strict=True)))
         return context.weigh_sinks(out, lse)
 

@@ -68,6 +68,7 @@ class LongHeadsLayer(Uncroppable, Unpadded):
             k_position_step=0,
             q_positions=torch.zeros(batch, seqlen_q, dtype=torch.int32, device=q.device),
             rope_cos_sin=self.turns.table(n // size + 1, q.device),
+            workspace=self.workspace(q),
             **context.score_options(),
         )
         return context.weigh_sinks(out, lse)

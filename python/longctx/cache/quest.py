@@ -67,7 +67,8 @@ class QuestLayer(LongctxLayer):
         page_size = None if used is None else self.page_size
         scores = page_scores(q, summary, head_reduce=self.head_reduce, seqused_k=used, page_size=page_size)  # type: ignore[arg-type]
         pages, counts = topk_select(scores, self.num_pages, lengths=self._visible(scores, used), num_last=1)
-        out, lse = gather_attention(q, k, v, pages, counts, block_size_k=self.page_size, **context.score_options())
+        options = {"block_size_k": self.page_size, "workspace": self.workspace(q), **context.score_options()}
+        out, lse = gather_attention(q, k, v, pages, counts, **options)
         return context.weigh_sinks(out, lse)
 
     def _pages(self, end: int, start: int | Tensor) -> Tensor:

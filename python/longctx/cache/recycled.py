@@ -54,7 +54,8 @@ class RecycledLayer(LongctxLayer):
         self.since += seqlen_q
         self.count(self.budget + self.since, seqlen_q)
         indices = self.indices.expand(-1, -1, seqlen_q, -1)
-        out, lse = gather_attention(q, k, v, indices, num_last=self.since, **context.score_options())
+        options = {"num_last": self.since, "workspace": self.workspace(q), **context.score_options()}
+        out, lse = gather_attention(q, k, v, indices, **options)
         return context.weigh_sinks(out, lse)
 
     def _full_step(self, q: Tensor, k: Tensor, v: Tensor, context: CallContext) -> Tensor:

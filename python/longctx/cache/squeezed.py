@@ -115,6 +115,7 @@ class SqueezedLayer(LongctxLayer):
             indices.expand(-1, -1, seqlen_q, -1),
             counts.expand(-1, -1, seqlen_q),
             num_last=later,
+            workspace=self.workspace(q),
             **context.score_options(),
         )
         return context.weigh_sinks(out, lse)

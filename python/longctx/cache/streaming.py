@@ -42,8 +42,8 @@ class StreamingLayer(LongctxLayer):
         if self.rope is not None and self.num_sink_tokens > 0:
             return self._attend_at_slots(q, k, v, context, self.rope)
         nothing = torch.empty(q.shape[0], 1, q.shape[2], 0, dtype=torch.int32, device=q.device)
-        first, last = self.num_sink_tokens, self.window_size
-        out, lse = gather_attention(q, k, v, nothing, num_first=first, num_last=last, **context.score_options())
+        forced: dict[str, Any] = {"num_first": self.num_sink_tokens, "num_last": self.window_size}
+        out, lse = gather_attention(q, k, v, nothing, **forced, workspace=self.workspace(q), **context.score_options())
         return context.weigh_sinks(out, lse)
 
     def _attend_at_slots(self, q: Tensor, k: Tensor, v: Tensor, context: CallContext, rope: Rope) -> Tensor:
