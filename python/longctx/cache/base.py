@@ -292,9 +292,11 @@ class LongctxLayer(CacheLayerMixin):
             self._v = self._v.writable(start, end, self.slots)
         keys, values = self._k.data[:, :, :end], self._v.data[:, :, :end]
         beside = self.appending(end) if self.filled and new <= self.max_seqlen_q else {}
-        with torch.no_grad():
-            append_kv(keys, values, key_states, value_states, self.slots if self.rows is None else self.rows, **beside)
-        if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
+        recorded = torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad)
+        if recorded:
+            key_states, value_states = key_states.detach(), value_states.detach()
+        append_kv(keys, values, key_states, value_states, self.slots if self.rows is None else self.rows, **beside)
+        if recorded:
             keys = keys.detach().requires_grad_()  # attention then says that it has no backward
         setattr(keys, LAYER, self)
         self._awaiting = True

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from longctx.ops import _validate
-from longctx.ops._call import call
 from longctx.ops._register import register_op
 
 
@@ -89,19 +88,9 @@ def append_kv(
     if isinstance(start, Tensor) and start.device != k_cache.device:
         raise ValueError(f"longctx::append_kv: `start` must be on {k_cache.device}; got {start.device}")
     first, starts = (0, start) if isinstance(start, Tensor) else (start, None)
-    lengths: Tensor = call(
-        torch.ops.longctx.append_kv,
-        k_cache,
-        v_cache,
-        k,
-        v,
-        first,
-        starts,
-        page_table,
-        summary,
-        summary_page_size,
-        summary_method,
-        counts,
+    # Not through `call`: there is no autograd kernel that it would go past.
+    lengths: Tensor = torch.ops.longctx.append_kv.default(
+        k_cache, v_cache, k, v, first, starts, page_table, summary, summary_page_size, summary_method, counts
     )
     return lengths
 
