@@ -364,7 +364,7 @@ def test_smokes_of_selections_on_the_cpu() -> None:
 import runpy
 smoke = runpy.run_path("bench/gpu_smoke.py")
 ops = ("summarize_pages", "update_pages", "page_scores", "token_scores", "topk_select", "threshold_select",
-       "gather_kv", "compact_kv", "truncate_kv", "kmeans")
+       "append_kv", "gather_kv", "compact_kv", "truncate_kv", "kmeans")
 chosen = [s for s in smoke["other_smokes"]("cpu") if s.op in ops]
 assert {s.op for s in chosen} == set(ops) and all([smoke["run"](s, "cpu") for s in chosen])
 """

@@ -4,6 +4,7 @@
 # Launchers, run_<op>_cuda(), and the kernels that need no instances.
 set(LONGCTX_CUDA_SOURCES
   csrc/cuda/antidiagonal_scores.cu
+  csrc/cuda/append_kv.cu
   csrc/cuda/attention_mass.cu
   csrc/cuda/block_scores.cu
   csrc/cuda/compact_kv.cu

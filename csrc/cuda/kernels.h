@@ -5,6 +5,7 @@
 
 namespace longctx::cuda {
 
+void run_append_kv_cuda(const AppendKVParams& params);
 void run_attention_mass_cuda(const AttentionMassParams& params);
 void run_block_scores_cuda(const BlockScoresParams& params);
 void run_attention_cuda(const AttentionParams& params);

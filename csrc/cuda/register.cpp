@@ -13,6 +13,7 @@
 #include "cuda/kernels.h"
 #include "cuda/runtime.h"
 #include "cuda/supported.h"
+#include "ops/append_kv.h"
 #include "ops/attention.h"
 #include "ops/attention_mass.h"
 #include "ops/block_scores.h"
@@ -150,6 +151,7 @@ STABLE_TORCH_LIBRARY_IMPL(longctx, CompositeExplicitAutograd, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(longctx, CUDA, m) {
   using namespace longctx;
+  m.impl("append_kv", TORCH_BOX(&OnDevice<&append_kv<cuda::run_append_kv_cuda>>::run));
   m.impl("attention", TORCH_BOX(&OnDevice<&attention<cuda::run_attention_cuda>>::run));
   m.impl("_cuda_attention_path", TORCH_BOX(&OnDevice<&attention_path>::run));
   m.impl("attention_mass",

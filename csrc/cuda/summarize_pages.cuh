@@ -17,13 +17,24 @@ struct SummaryGrid {
   bool summary_aligned = false;
 };
 
-// A page as one warp sees it. Whole warps call its functions.
+// The keys that a head of the summary is of; null where a key's page does not exist.
 template <class T>
+struct StoredKeys {
+  const SummarizePagesParams& p;
+  int64_t batch, kv_head;
+  LONGCTX_DEVICE const T* operator()(int64_t key) const {
+    return key_row<T>(p.k, p.pages, batch, kv_head, key);
+  }
+};
+
+// A page as one warp sees it. Whole warps call its functions.
+template <class T, class Keys = StoredKeys<T>>
 class PageSummary {
  public:
-  LONGCTX_DEVICE PageSummary(const SummarizePagesParams& p, const SummaryGrid& grid, int64_t batch,
-                             int64_t head, int64_t page, int64_t k_len)
-      : p_(p), grid_(grid), batch_(batch), head_(head), page_(page) {
+  LONGCTX_DEVICE PageSummary(const SummarizePagesParams& p, const SummaryGrid& grid,
+                             const Keys& keys, int64_t batch, int64_t head, int64_t page,
+                             int64_t k_len)
+      : p_(p), grid_(grid), keys_(keys), batch_(batch), head_(head), page_(page) {
     begin_ = clamp_index(page * p.page_size, 0, k_len);
     end_ = clamp_index(begin_ + p.page_size, 0, k_len);
     dim_ = static_cast<int>(p.head_dim);
@@ -75,7 +86,7 @@ class PageSummary {
     const auto count = [&](const auto& counts) {
       int64_t own = 0;
       for (int64_t key = begin_ + device::lane_index(); key < end_; key += device::kWarpSize) {
-        own += row(key) != nullptr && counts(key);
+        own += keys_(key) != nullptr && counts(key);
       }
       return reduce_warp(own, Sum());
     };
@@ -146,11 +157,8 @@ class PageSummary {
   }
 
  private:
-  LONGCTX_DEVICE const T* row(int64_t key) const {
-    return key_row<T>(p_.k, p_.pages, batch_, head_ * p_.num_kv_heads / p_.heads, key);
-  }
   LONGCTX_DEVICE bool load(int64_t key, float (&x)[kEight]) const {
-    const T* from = row(key);
+    const T* from = keys_(key);
     if (from == nullptr) return false;
     load_eight(from, first_, dim_, grid_.k_aligned, x);
     return true;
@@ -188,6 +196,7 @@ class PageSummary {
 
   const SummarizePagesParams& p_;
   const SummaryGrid& grid_;
+  const Keys& keys_;
   int64_t batch_, head_, page_, begin_, end_;
   int dim_, lanes_, first_, offset_, step_;
 };
@@ -206,8 +215,9 @@ summarize_pages_kernel(const SummarizePagesParams p, const SummaryGrid grid) {
     last = start >= k_len ? page : (k_len + p.page_size - 1) / p.page_size;
   }
   page += device::block_index() % grid.blocks * kSummaryWarps + device::warp_index();
+  const StoredKeys<T> keys = {p, batch, head * p.num_kv_heads / p.heads};
   for (; page < last; page += grid.blocks * kSummaryWarps) {
-    const PageSummary<T> summary(p, grid, batch, head, page, k_len);
+    const PageSummary<T> summary(p, grid, keys, batch, head, page, k_len);
     switch (p.method) {
       case SummaryMethod::kMinMax:
         summary.extremes();

@@ -1,6 +1,7 @@
 // Registers the CUDA kernels, running on the CPU, under torch's CPU key: loaded after
 // liblongctx.so, this library takes over from the CPU kernels.
 #include "cuda/kernels.h"
+#include "ops/append_kv.h"
 #include "ops/attention.h"
 #include "ops/attention_mass.h"
 #include "ops/block_scores.h"
@@ -80,6 +81,7 @@ STABLE_TORCH_LIBRARY_IMPL(longctx, CompositeExplicitAutograd, m) {
 STABLE_TORCH_LIBRARY_IMPL(longctx, CPU, m) {
   using namespace longctx;
   using namespace longctx::cuda;
+  m.impl("append_kv", TORCH_BOX(&append_kv<run_append_kv_cuda>));
   m.impl("attention", TORCH_BOX(&attention<run_attention_cuda>));
   m.impl("attention_mass", TORCH_BOX(&attention_mass<run_attention_mass_cuda>));
   m.impl("block_scores", TORCH_BOX(&block_scores<run_block_scores_cuda>));

@@ -134,6 +134,30 @@ def updates(length: int, device: str) -> Work:
     return Work(inputs, contenders, 0.0, 8.0 * 128 * 2 * (PAGE + 2), close(extremes(inputs)))
 
 
+def appended(length: int, device: str) -> Work:
+    """A new token: its key and value behind the others, and its page of the summary."""
+    inputs = keys(length, device)
+    inputs |= {"v": randn(1, 8, length, 128, device=device, seed=2), "summary": extremes(inputs)}
+    inputs |= {f"new_{name}": inputs[name][:, :, -1:].clone() for name in ("k", "v")}
+    inputs["place"] = torch.full((1,), length - 1, device=device)
+    inputs["used"] = inputs["place"].int()
+
+    def append(i: Inputs) -> Tensor:
+        summary: Tensor = i["summary"]
+        longctx.append_kv(i["k"], i["v"], i["new_k"], i["new_v"], i["used"], summary=summary, summary_page_size=PAGE)
+        return summary
+
+    def index_copy(i: Inputs) -> Tensor:
+        summary: Tensor = i["summary"]
+        for name in ("k", "v"):
+            i[name].index_copy_(2, i["place"], i[f"new_{name}"])
+        summary[:, :, -1:] = extremes({"k": i["k"][:, :, -PAGE:]})
+        return summary
+
+    contenders: dict[str, Run] = {"longctx": append, "index_copy_, amin, amax": index_copy}
+    return Work(inputs, contenders, 0.0, 8.0 * 128 * 2 * (PAGE + 6), close(extremes(inputs)))
+
+
 def page_bounds(length: int, device: str) -> Work:
     inputs = keys(length, device)
     inputs["summary"] = extremes(inputs)
@@ -258,6 +282,7 @@ OTHERS = [
     gpu_case("half of the softmax, 8 rows", "threshold_select", 128 * K, share),
     gpu_case("extremes of pages of 16, 8 heads", "summarize_pages", 128 * K, summaries),
     gpu_case("one new key, pages of 16, 8 heads", "update_pages", 128 * K, updates),
+    gpu_case("one new token, pages of 16, 8 heads", "append_kv", 128 * K, appended),
     gpu_case("extremes of pages of 16, heads 32/8, one token", "page_scores", 128 * K, page_bounds),
     gpu_case("all keys, heads 32/8, one token", "token_scores", 128 * K, key_products),
     gpu_case("5% clusters, 10 iterations, 8 heads", "kmeans", 32 * K, clusters),
