@@ -20,7 +20,7 @@ struct Cluster {
   bool with_counts = false;
   std::vector<int32_t> lengths;
   bool growing = false;  // each key is eight times the one before
-  bool whole = false;    // values are whole numbers
+  bool whole = false;    // values are whole numbers, and some clusters get empty
 };
 
 using Row = std::vector<double>;
@@ -31,6 +31,7 @@ struct Twin {
   std::vector<int64_t> weights;
   std::vector<size_t> labels;
   std::vector<double> distances;
+  bool moved = false;  // whether an empty cluster got a point
 
   static double square_distance(const Row& x, const Row& y) {
     double sum = 0, square = 0;
@@ -108,6 +109,7 @@ struct Twin {
       while (next != far_first.end() && members(labels[*next]) < 2) ++next;
       if (next == far_first.end() || distances[*next] == 0) return;
       labels[*next++] = c;
+      moved = true;
     }
   }
 
@@ -133,7 +135,7 @@ void check(const Cluster& c) {
   Tensor keys(c.dtype, c.batch, c.heads, c.n, c.dim, c.layout);
   keys.fill_normal(rng);
   keys.for_each([&](int64_t b, int64_t h, int64_t i, int64_t d) {
-    if (c.whole) keys.set(b, h, i, d, std::round(4 * keys.get(b, h, i, d)));
+    if (c.whole) keys.set(b, h, i, d, std::round(16 * keys.get(b, h, i, d)));
     if (c.growing) keys.set(b, h, i, d, std::pow(8.0, i - c.n / 2));
   });
   std::vector<int32_t> counts(static_cast<size_t>(c.batch * c.heads * c.n), 1);
@@ -155,6 +157,7 @@ void check(const Cluster& c) {
       }
     }
     twins[index].run(c);
+    ASSERT_EQ(twins[index].moved, c.whole) << "which of the tests have empty clusters";
   }
 
   in_every_mode([&] {
@@ -237,8 +240,9 @@ TEST(kmeans, empty_clusters) {
   c.dim = 1;
   c.cosine = false;
   c.whole = true;
-  c.num_clusters = 12;
-  c.num_iters = 4;
+  c.n = 300;  // of two warps
+  c.num_clusters = 45;
+  c.num_iters = 3;
   check(c);
 }
 // A round of seeding draws little more than the farthest point: more rounds than have launches.
@@ -248,6 +252,7 @@ TEST(kmeans, seeds_one_by_one) {
   c.dim = 1;
   c.cosine = false;
   c.growing = true;
+  c.num_iters = 0;
   check(c);
 }
 TEST(kmeans, no_keys) {
