@@ -242,3 +242,14 @@ def test_the_bits_of_the_cpu() -> None:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
     run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert run.stdout.strip() == digest()
+
+
+@pytest.mark.runs_on("simt", reason="counts launches, which fibers do")
+def test_launches_follow_from_shapes() -> None:
+    """Whatever the keys: a graph that was captured with some is right for others."""
+    for num_clusters, rounds in ((3, 3), (40, 18)):  # 18 of 40 that might be needed; one more launch has the rest
+        for keys in (randn(1, 1, 60, 8, seed=15), torch.ones(1, 1, 60, 8)):
+            before = torch.ops.longctx_simt.num_launches()
+            longctx.kmeans(keys, num_clusters, num_iters=4)
+            after = torch.ops.longctx_simt.num_launches()
+            assert after - before == 2 + 2 * rounds + (rounds < num_clusters) + 3 * 4 + 2
