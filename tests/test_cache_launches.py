@@ -15,7 +15,7 @@ pytestmark = pytest.mark.runs_on("simt", reason="counts launches: --simt")
 
 @pytest.mark.parametrize("max_cache_len", [None, 1100], ids=["grows", "static"])
 def test_quest(max_cache_len: int | None) -> None:
-    """New keys and their pages, scores of the pages, the best of them, attention that 512 keys split in four."""
+    """New keys with their pages, scores of the pages, the best of them, attention that 512 keys split in four."""
     model = ours("llama")
     config = model.config
     cache = longctx.cache.QuestCache(config, budget=512, num_dense_layers=0, max_cache_len=max_cache_len)
@@ -26,4 +26,4 @@ def test_quest(max_cache_len: int | None) -> None:
         before = torch.ops.longctx_simt.num_launches()
         logits(model, tokens(1, 1), cache)
         launches = torch.ops.longctx_simt.num_launches() - before
-        assert 3 * config.num_hidden_layers <= launches <= 4 * config.num_hidden_layers
+        assert launches == 4 * config.num_hidden_layers
