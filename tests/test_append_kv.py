@@ -48,7 +48,7 @@ def test_random_places(seed: int) -> None:
     def draw(*shape: int, low: int, high: int) -> Tensor:
         return torch.randint(low, high, shape, generator=rng, dtype=torch.int32)
 
-    num_new, size, method = (0, 1, 7, 80)[seed % 4], (1, 5, 16, 2**20)[seed // 3], ("minmax", "mean")[seed % 2]
+    num_new, size, method = (0, 1, 7, 80)[seed % 4], (1, 16, 130, 2**20)[seed // 3], ("minmax", "mean")[seed % 2]
     extremes = (2,) if method == "minmax" else ()
     for make, room in ((appended, 75), (appended_paged, 112)):
         call = make((torch.float32, torch.bfloat16)[seed % 2])

@@ -143,7 +143,7 @@ def test_pages_of_a_cache(isa: str, cache_page_size: int, page_size: int, method
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("page_size", [1, 6])
+@pytest.mark.parametrize("page_size", [1, 6, 130])
 def test_update_gives_the_bits_of_a_new_start(isa: str, page_size: int, method: str) -> None:
     """Keys that come by one and by many, in a static cache of ragged sequences and in one that grows."""
     for dtype in (torch.float32, torch.bfloat16) if page_size > 1 else (torch.bfloat16,):

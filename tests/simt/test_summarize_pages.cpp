@@ -138,6 +138,19 @@ TEST(summarize_pages, pooled) {
   c.seqused_k = {0, 74};
   check(c);
 }
+TEST(summarize_pages, long_pages) {
+  for (const SummaryMethod method : {SummaryMethod::kMinMax, SummaryMethod::kMean,
+                                     SummaryMethod::kRepresentative, SummaryMethod::kPooled}) {
+    Summarize c;
+    c.method = method;
+    c.seqlen_k = 300;
+    c.page_size = 131;
+    c.num_representative = 70;
+    c.batch = c.kv_heads = c.heads = 1;
+    c.seqused_k = {290};
+    check(c);
+  }
+}
 TEST(summarize_pages, update) {
   Summarize c;
   c.page_size = 1;
