@@ -1,6 +1,7 @@
 """TieredQuestCache: plain `generate()` over a page store; and the million-token script, made small."""
 
 import copy
+import itertools
 import json
 import resource
 import subprocess
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from cache_cases import CLOSE, decode, generate, logits, masked_run, ours
-from longctx.cache import QuestCache, TieredQuestCache, load, make_cache
+from longctx.cache import TieredQuestCache, load, make_cache
 from longctx.store import PageGeometry, PageStore, PageStoreError
 from transformers_models import padding, tiny, tokens
 
@@ -166,8 +167,8 @@ def test_forks_share_pages_and_part(tmp_path):
         again.save(tmp_path / "fork")
         forks[0].rewind(36)
         assert_follows(model, forks[0], 0, 20)
-        for end in range(32, 61):
-            assert_follows(model, cache, end - 1, end)
+        for start, end in itertools.pairwise((31, 32, 36, 44, 60)):
+            assert_follows(model, cache, start, end)
         del forks[0]
     with PageStore.open(tmp_path / "kv", max_host_bytes=1 << 16) as store:
         assert store.lengths.tolist() == [60, 43, 0, 0, 31, 14]
@@ -206,15 +207,20 @@ def test_batch_operations_and_files(tmp_path):
         torch.testing.assert_close(found, expected, **CLOSE)
 
 
-def test_beams_read_what_quest_reads(tmp_path):
-    """With a budget: a page less than QuestCache chooses, since the last page is always read."""
-    model, options = ours(), {"num_beams": 3, "attention_mask": MASK}
-    quest = QuestCache(model.config, budget=12, page_size=4, num_dense_layers=0)
-    expected = generate(model, INPUT, quest, **options)
-    with make_store(model, tmp_path, batch=6, frames=120) as store:
-        cache = TieredQuestCache(model.config, store=store, budget=12, num_first=0, num_last=4)
-        found = generate(model, INPUT, cache, **options)
-    assert found.shape == expected.shape
+def test_beams_with_a_budget_score_as_their_tokens_do_alone(tmp_path):
+    """Whatever was reordered on the way, a beam has read the pages that its own tokens choose."""
+    model, options = ours(), {"budget": 8, "num_first": 0, "num_last": 4}
+    with make_store(model, tmp_path, batch=3, frames=60) as store:
+        cache = TieredQuestCache(model.config, store=store, **options)
+        beams = {"num_beams": 3, "num_return_sequences": 3, "return_dict_in_generate": True, "output_scores": True}
+        found = generate(model, INPUT[:1], cache, **beams)
+    (tmp_path / "alone").mkdir()
+    with make_store(model, tmp_path / "alone", batch=3, frames=60) as store:
+        cache = TieredQuestCache(model.config, store=store, **options)
+        steps = decode(model, found.sequences, cache, 60)[:, :-1].log_softmax(-1)
+    expected = steps.gather(2, found.sequences[:, 60:, None]).sum((1, 2)) / 12
+    torch.testing.assert_close(found.sequences_scores, expected, atol=1e-4, rtol=1e-4)
+    assert not torch.equal(found.sequences[0], generate(tiny("llama"), INPUT[:1], num_beams=3)[0])  # the budget tells
 
 
 def test_disk_full_in_the_middle_of_a_token(tmp_path):
@@ -287,8 +293,8 @@ def test_what_a_store_cannot_do_raises(tmp_path):
 def test_long_context_in_bounded_memory(tmp_path):
     """128 MiB of keys and values decode with 8 MiB of frames; every needle is found."""
     command = [sys.executable, str(SCRIPT), "--path", str(tmp_path), "--tokens", "65536", "--layers", "2"]
-    command += ["--max-host-mib", "8", "--steps", "8", "--buffered"]
-    command += ["--queries", "0.98", "topics", "--read-ahead", "8", "--far", "0.1"]
+    command += ["--max-host-mib", "8", "--steps", "4", "--buffered"]
+    command += ["--queries", "topics", "--read-ahead", "8", "--far", "0.1"]
     result = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     assert result["KV GiB"] == 0.125
     assert result["needles found"] == result["needles"] == 8
