@@ -64,8 +64,8 @@ def test_gather_takes_rows_of_every_head() -> None:
 
 def test_gathered_keys_attend_as_in_place() -> None:
     """Attention over the copy equals gather_attention over the selection."""
-    k, v = caches(torch.float64).values()
-    q = torch.randn(2, 6, 1, 16, generator=generator(2), dtype=torch.float64)
+    k, v = caches(torch.float32).values()
+    q = torch.randn(2, 6, 1, 16, generator=generator(2))
     indices, counts = longctx.topk_select(torch.rand(2, 3, 75, generator=generator(3)), 20)
     out, lse = longctx.gather_attention(q, k, v, indices[:, :, None], counts[..., None])
     copied, copied_lse = longctx.attention(q, *longctx.gather_kv(k, v, indices, counts))
