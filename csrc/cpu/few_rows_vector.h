@@ -55,8 +55,8 @@ class LinePrefetch {
 // Of scattered rows: brings those of a step into the L1 cache while those of the next one come from
 // memory. Of those of the step after that one line each is asked for, which finds their pages: four
 // lines of a row at once would wait for the same page walk (measured: rows alone 0.29 ms, with this
-// 0.25). Prefetching in the midst of the computation is no faster: a prefetch that waits for a page
-// walk holds up what follows it.
+// 0.25). Prefetching in the midst of the computation is no faster, probably because a prefetch that
+// waits for a page walk holds up what follows it.
 struct RowRange {
   const void* const* k_rows;
   const void* const* v_rows;

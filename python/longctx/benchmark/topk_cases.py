@@ -12,6 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention
 import longctx
 from longctx import reference
 from longctx.benchmark.case import BF16, FP32, Case, Contenders, attention_work, partial, qkv
+from longctx.cache.huge_pages import on_huge_pages
 
 
 def _decode(length: int, dtype: torch.dtype, *, kv_heads: int) -> Contenders:
@@ -26,11 +27,13 @@ def _decode(length: int, dtype: torch.dtype, *, kv_heads: int) -> Contenders:
     return Contenders(run, flops, nbytes)
 
 
-def _gather(length: int, dtype: torch.dtype) -> Contenders:
+def _gather(length: int, dtype: torch.dtype, huge_pages: bool) -> Contenders:
     """2048 keys anywhere among `length`; every turn takes other keys, so that none are in the cache."""
     kv_heads, turns, kept = 2, 24, min(2048, length)
     q = torch.randn(1, 8, 1, 128, generator=torch.Generator().manual_seed(0)).to(dtype)
-    k, v = (torch.empty(1, kv_heads, length, 128, dtype=dtype).normal_() for _ in range(2))
+    k, v = (torch.empty(1, kv_heads, length, 128, dtype=dtype) for _ in range(2))
+    for cache in (k, v):
+        (on_huge_pages(cache) if huge_pages else cache).normal_()
     order = torch.rand(turns, kv_heads, length, generator=torch.Generator().manual_seed(1))
     chosen = order.topk(kept, dim=-1).indices.sort(dim=-1).values
     entries = chosen.int()[:, None, :, None]
@@ -104,13 +107,16 @@ def _threshold_select(length: int, dtype: torch.dtype, *, method: str) -> Conten
 CASES = [
     Case("decoding, GQA 8/2, D=128", "attention", 131072, BF16, partial(_decode, kv_heads=2), {"sdpa": (2.3, 3.5)}),
     Case("decoding, 8/8, D=128", "attention", 131072, BF16, partial(_decode, kv_heads=8), {"sdpa": (0.95, 1.2)}),
-    Case(
-        "2048 keys of all, GQA 8/2, D=128",
-        "gather_attention",
-        1 << 20,
-        BF16,
-        _gather,
-        {"index_select + sdpa": (1.5, 2.5)},
+    *(
+        Case(
+            f"2048 keys of all, GQA 8/2, D=128, {pages}",
+            "gather_attention",
+            1 << 20,
+            BF16,
+            partial(_gather, huge_pages=huge_pages),
+            {"index_select + sdpa": (1.5, 2.5)},
+        )
+        for pages, huge_pages in (("pages of 4 KiB", False), ("pages of 2 MiB, as in longctx.cache", True))
     ),
     *(
         Case(

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from longctx.cache.huge_pages import HUGE_PAGE, on_huge_pages
+
 
 @dataclass(eq=False)
 class Storage:
@@ -23,7 +25,10 @@ class Storage:
     @classmethod
     def like(cls, rows: Tensor, capacity: int) -> Storage:
         """Empty, for rows such as these `[batch, heads, n, ...]`."""
-        return cls(rows.new_empty((*rows.shape[:2], capacity, *rows.shape[3:])))
+        data = rows.new_empty((*rows.shape[:2], capacity, *rows.shape[3:]))
+        # A head's last huge page is resident as a whole; of four and more that is less than what growth leaves free.
+        head_bytes = data.stride(1) * data.element_size()
+        return cls(on_huge_pages(data) if head_bytes >= 4 * HUGE_PAGE else data)
 
     def writable(self, start: int, stop: int, keep: int) -> Storage:
         """A storage with the same first `keep` rows, in which rows from `start` to `stop` may be written."""
