@@ -84,6 +84,7 @@ RECORDING = frozenset(
         "gather_attention",
         "gather_attention_positions",
         "gather_attention_results",
+        "gather_attention_workspace",
         "kmeans",
         "kv_rows",
         "linear_attention",
