@@ -29,9 +29,9 @@ SUPPORT_MATRIX = ROOT / "docs" / "support_matrix.md"
 # Compared with the float64 twins, and so in docs/support_matrix.md; then the rest that needs nothing but torch.
 OP_TESTS = ("append_kv", "attention", "attention_mass", "bad_input", "block_scores", "block_sparse_attention",
             "conventions", "cuda", "gather_attention", "gather_attention_positions", "gather_attention_results",
-            "gather_attention_workspace", "kmeans", "kv_rows", "linear_attention", "linear_attention_backward", "linear_attention_decode",
-            "merge_states", "opcheck", "page_scores", "select_blocks", "summarize_pages", "support_matrix", "target",
-            "threshold_select", "token_scores", "topk_select")  # fmt: skip
+            "gather_attention_workspace", "kmeans", "kv_rows", "linear_attention", "linear_attention_backward",
+            "linear_attention_decode", "merge_states", "opcheck", "page_scores", "select_blocks", "summarize_pages",
+            "support_matrix", "target", "threshold_select", "token_scores", "topk_select")  # fmt: skip
 POLICY_TESTS = ("blocktopk", "controls", "flexprefill", "lminfinite", "policy", "xattention")
 
 
