@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from longctx.cache.huge_pages import ADVICE, HUGE_PAGE, on_huge_pages
 from longctx.cache.storage import Storage
@@ -31,8 +32,20 @@ def test_contents_are_what_is_written() -> None:
 
 
 @pytest.mark.skipif(not ADVICE or not Path("/proc/self/smaps").exists(), reason="this kernel takes no such advice")
-def test_long_caches_ask_for_huge_pages() -> None:
+def test_the_kernel_is_asked() -> None:
+    tensor = on_huge_pages(torch.empty(8 * HUGE_PAGE, dtype=torch.uint8))
+    assert advised(tensor.data_ptr() + 4 * HUGE_PAGE)
+
+
+def test_long_caches_stand_on_huge_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def record(tensor: Tensor) -> Tensor:
+        asked.append(tensor.shape[2])
+        return tensor
+
+    monkeypatch.setattr("longctx.cache.storage.on_huge_pages", record)
     rows = torch.zeros(1, 2, 1, 128, dtype=torch.bfloat16)
-    middle = 3 * HUGE_PAGE
-    assert advised(Storage.like(rows, 4 * HUGE_PAGE // 256).data.data_ptr() + middle)
-    assert not advised(Storage.like(rows, 4 * HUGE_PAGE // 256 - 1).data.data_ptr() + middle)
+    for capacity in (1, 4 * HUGE_PAGE // 256 - 1, 4 * HUGE_PAGE // 256):  # of 256 bytes a key and head
+        Storage.like(rows, capacity)
+    assert asked == [4 * HUGE_PAGE // 256]
