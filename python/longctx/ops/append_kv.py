@@ -88,8 +88,7 @@ def append_kv(
     if isinstance(start, Tensor) and start.device != k_cache.device:
         raise ValueError(f"longctx::append_kv: `start` must be on {k_cache.device}; got {start.device}")
     first, starts = (0, start) if isinstance(start, Tensor) else (start, None)
-    # Not through `call`: there is no autograd kernel that it would go past.
-    lengths: Tensor = torch.ops.longctx.append_kv.default(
+    lengths: Tensor = torch.ops.longctx.append_kv(
         k_cache, v_cache, k, v, first, starts, page_table, summary, summary_page_size, summary_method, counts
     )
     return lengths

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from longctx.ops import _validate
-from longctx.ops._call import call
 from longctx.ops._kv_rows import layers, list_ends, refuse_gradients
 from longctx.ops._register import register_op
 
@@ -71,7 +70,7 @@ def compact_kv(
         ends = list_ends("compact_kv", k_layers[0], indices.shape[0], seqused_k, page_table)
         _validate.key_lists("compact_kv", "indices", indices, counts, ends[:, None], ascending=True)
     refuse_gradients("compact_kv", [*k_layers, *v_layers])
-    lengths: Tensor = call(torch.ops.longctx.compact_kv, k_layers, v_layers, indices, counts, seqused_k, page_table)
+    lengths: Tensor = torch.ops.longctx.compact_kv(k_layers, v_layers, indices, counts, seqused_k, page_table)
     return lengths
 
 

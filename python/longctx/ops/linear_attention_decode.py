@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from longctx.ops import _validate
-from longctx.ops._call import call
 from longctx.ops._register import register_op
 
 
@@ -79,8 +78,7 @@ def linear_attention_decode(
             "longctx::linear_attention_decode has no backward: it changes `state` in place; "
             "call it under torch.no_grad(), or linear_attention"
         )
-    result: Tensor = call(
-        torch.ops.longctx.linear_attention_decode,
+    result: Tensor = torch.ops.longctx.linear_attention_decode(
         q,
         k,
         v,

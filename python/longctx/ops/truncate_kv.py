@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from longctx.ops import _validate
-from longctx.ops._call import call
 from longctx.ops._kv_rows import layers, list_ends, refuse_gradients
 from longctx.ops._register import register_op
 
@@ -88,8 +87,8 @@ def truncate_kv(
             ends = torch.full_like(seqused_k, num_draft_tokens)
             _validate.key_lists("truncate_kv", "accepted", accepted, counts, ends, ascending=True)
     refuse_gradients("truncate_kv", [*k_layers, *v_layers])
-    lengths: Tensor = call(
-        torch.ops.longctx.truncate_kv, k_layers, v_layers, seqused_k, num_draft_tokens, accepted, counts, page_table
+    lengths: Tensor = torch.ops.longctx.truncate_kv(
+        k_layers, v_layers, seqused_k, num_draft_tokens, accepted, counts, page_table
     )
     return lengths
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from longctx.ops._call import call
 from longctx.ops._register import register_op
 from longctx.ops.summarize_pages import SummaryMethod, check_values
 
@@ -70,8 +69,7 @@ def update_pages(
     if isinstance(start, Tensor) and start.device != summary.device:
         raise ValueError(f"longctx::update_pages: `start` must be on {summary.device}; got {start.device}")
     first, starts = (0, start) if isinstance(start, Tensor) else (start, None)
-    call(
-        torch.ops.longctx.update_pages,
+    torch.ops.longctx.update_pages(
         summary,
         k,
         first,
